@@ -94,29 +94,38 @@ def iou(a: Box, b: Box) -> float:
 
 def shown_size(width: float, height: float, min_pixels: int, max_pixels: int) -> Size:
     """The size at which an image of `width` x `height` pixels is shown: sides multiples of 28, area within
-    `min_pixels` and `max_pixels`, aspect ratio kept as nearly as that allows.
+    `min_pixels` and `max_pixels`, of those sizes next to the scaled image the one that distorts it least.
 
-    Equal to the size Qwen2-VL's image processor would choose, so that the processor changes nothing more.
+    Qwen2-VL's image processor leaves such a size as it is, so boxes and pixels stay in one frame. (Its own rule
+    always rounds an oversized image down, which distorts a 1280 x 720 slide by 5 %; this one by 0.7 %.)
 
     >>> shown_size(1280, 720, 256 * 28 * 28, 512 * 28 * 28)
     Size(width=840, height=476)
 
-    Raises ValueError for a side below 1 or an aspect ratio above 200 (Qwen's own limit).
+    Raises ValueError for a side below 1, an aspect ratio above 200 (Qwen's own limit) or bounds that contradict.
     """
-    if min(width, height) < 1 or not math.isfinite(width * height):
+    if not 0 < min_pixels <= max_pixels or max_pixels < PATCH * PATCH:
+        raise ValueError(f"no image has between {min_pixels} and {max_pixels} pixels and sides of 28 or more")
+    if not (math.isfinite(width) and math.isfinite(height)) or min(width, height) < 1:
         raise ValueError(f"an image of {width} x {height} pixels cannot be shown")
     if max(width, height) / min(width, height) > 200:
         raise ValueError(f"aspect ratio of {width} x {height} is above 200, which Qwen's processor refuses")
-    w, h = round(width / PATCH) * PATCH, round(height / PATCH) * PATCH
-    if w * h > max_pixels:
-        scale = math.sqrt(width * height / max_pixels)
-        w = max(PATCH, math.floor(width / scale / PATCH) * PATCH)
-        h = max(PATCH, math.floor(height / scale / PATCH) * PATCH)
-    elif w * h < min_pixels:
-        scale = math.sqrt(min_pixels / (width * height))
-        w = math.ceil(width * scale / PATCH) * PATCH
-        h = math.ceil(height * scale / PATCH) * PATCH
-    return Size(w, h)
+    area = width * height
+    scale = math.sqrt(min(max(area, min_pixels), max_pixels) / area)
+    columns, rows = width * scale / PATCH, height * scale / PATCH
+    low, high = min_pixels / PATCH**2, max_pixels / PATCH**2
+    best = None
+    for r in {max(1, math.floor(rows)), math.ceil(rows)}:
+        for c in {max(1, math.floor(columns)), math.ceil(columns), max(1, math.floor(high / r))}:
+            if c * r > high:
+                continue
+            distortion = abs(math.log(c / r * height / width))
+            key = (c * r < low, round(distortion, 9), -c * r)
+            if best is None or key < best[0]:
+                best = (key, Size(c * PATCH, r * PATCH))
+    if best is None:
+        raise ValueError(f"{width} x {height} cannot be shown in {max_pixels} pixels with sides multiples of 28")
+    return best[1]
 
 
 @dataclass(frozen=True)
