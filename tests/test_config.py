@@ -1,0 +1,84 @@
+"""Presets, overrides, snapshots."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from vrag_lib.config import (
+    PRESETS,
+    ConfigError,
+    cache_dir,
+    describe,
+    from_dict,
+    load_config,
+    provenance,
+    read_config,
+    save_config,
+    to_dict,
+)
+
+
+def test_overrides_reach_nested_fields_with_their_types():
+    config = load_config("laptop", ["environment.max_turns=3", "seed=7", "environment.allow_crop=false"])
+    assert (config.environment.max_turns, config.seed, config.environment.allow_crop) == (3, 7, False)
+    assert load_config("laptop", ["policy.temperature=0"]).policy.temperature == 0.0
+
+
+@pytest.mark.parametrize(
+    "preset, override, message",
+    [
+        ("labtop", [], "there is no preset 'labtop'; presets are laptop"),
+        ("laptop", ["environment.max_turn=3"], "did you mean 'max_turns'"),
+        ("laptop", ["seed"], "written key=value"),
+        ("laptop", ["seed=x"], "seed needs a value of type int, not 'x'"),
+        ("laptop", ["environment=3"], "'environment' is a stage"),
+        ("laptop", ["seed.x=3"], "has no parts"),
+        ("laptop", ["environment.allow_crop=maybe"], "true or false"),
+    ],
+)
+def test_wrong_presets_and_keys_are_named_with_the_remedy(preset, override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(preset, override)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_snapshot_restores_the_config(preset, tmp_path):
+    config = load_config(preset, ["seed=3"])
+    save_config(config, tmp_path)
+    assert read_config(tmp_path) == config and config.preset == preset
+    recorded = json.loads((tmp_path / "config.json").read_text())["provenance"]
+    assert recorded["seed"] == 3 and recorded["commit"] and recorded["versions"]["python"]
+
+
+def test_a_missing_or_foreign_snapshot_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"holds no config\.json"):
+        read_config(tmp_path)
+    with pytest.raises(ConfigError, match="Config has no colour"):
+        from_dict(to_dict(PRESETS["laptop"]) | {"colour": 1})
+
+
+def test_every_field_is_documented():
+    def walk(node):
+        for field in dataclasses.fields(node):
+            value = getattr(node, field.name)
+            if dataclasses.is_dataclass(value):
+                walk(value)
+            else:
+                assert field.metadata["doc"], field.name
+
+    walk(PRESETS["laptop"])
+    assert "environment.max_turns=5  # " in describe()
+
+
+def test_the_cache_folder_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("VRAG_CACHE", str(tmp_path))
+    assert cache_dir() == tmp_path
+    monkeypatch.delenv("VRAG_CACHE")
+    assert cache_dir().name == "vrag_lib"
+
+
+def test_provenance_says_what_a_rerun_needs():
+    assert {"command", "seed", "commit", "versions", "hardware", "time"} <= set(provenance(1))
