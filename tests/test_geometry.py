@@ -96,9 +96,7 @@ def test_a_nested_crop_equals_the_direct_one(size, outer, inner):
     named = box_in(first.shown, inner)
     cx, cy = (named.x1 + named.x2) / 2, (named.y1 + named.y2) / 2
     w, h = max(named.width, MIN_CROP_SIDE), max(named.height, MIN_CROP_SIDE)
-    direct = view_of_raw_box(
-        size, first.to_raw(Box(cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2)), LOW, HIGH
-    )
+    direct = view_of_raw_box(size, first.to_raw(Box(cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2)), LOW, HIGH)
     assert second == direct
 
 

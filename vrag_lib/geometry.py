@@ -76,9 +76,7 @@ class Box:
 
     def intersection(self, other: Box) -> Box:
         """The common part; its area is 0 where the boxes do not meet."""
-        return Box(
-            max(self.x1, other.x1), max(self.y1, other.y1), min(self.x2, other.x2), min(self.y2, other.y2)
-        )
+        return Box(max(self.x1, other.x1), max(self.y1, other.y1), min(self.x2, other.x2), min(self.y2, other.y2))
 
 
 def iou(a: Box, b: Box) -> float:

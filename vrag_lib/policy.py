@@ -42,9 +42,7 @@ class Policy(Protocol):
 
     name: str
 
-    def generate(
-        self, conversations: Sequence[Conversation], *, seeds: Sequence[int] | None = None
-    ) -> list[Reply]: ...
+    def generate(self, conversations: Sequence[Conversation], *, seeds: Sequence[int] | None = None) -> list[Reply]: ...
 
 
 class ScriptedPolicy:
@@ -59,9 +57,7 @@ class ScriptedPolicy:
         self.name = name
         self._script = script
 
-    def generate(
-        self, conversations: Sequence[Conversation], *, seeds: Sequence[int] | None = None
-    ) -> list[Reply]:
+    def generate(self, conversations: Sequence[Conversation], *, seeds: Sequence[int] | None = None) -> list[Reply]:
         return [Reply(self._reply(conversation)) for conversation in conversations]
 
     def _reply(self, conversation: Conversation) -> str:

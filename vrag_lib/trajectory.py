@@ -195,9 +195,7 @@ def to_row(trajectory: Trajectory) -> dict[str, Any]:
         "stop_reason": trajectory.stop_reason.value,
         "turns": [_turn_row(turn) for turn in trajectory.turns],
         "gold_page_ids": list(trajectory.gold_page_ids),
-        "rewards": [
-            {"name": n, "score": float(s), "weight": float(w)} for n, (s, w) in trajectory.rewards.items()
-        ],
+        "rewards": [{"name": n, "score": float(s), "weight": float(w)} for n, (s, w) in trajectory.rewards.items()],
         "timings": json.dumps(dict(trajectory.timings)),
         "versions": json.dumps(dict(trajectory.versions)),
         "total_reward": float(trajectory.total_reward),
