@@ -1,0 +1,56 @@
+"""One set of pins, one test command, modules of readable size."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def normal(pin: str) -> str:
+    name, _, version = pin.partition("==")
+    return f"{re.sub(r'[-_.]+', '-', name).lower()}=={version}"
+
+
+def test_environment_yml_carries_the_pins_of_pyproject():
+    text = (ROOT / "environment.yml").read_text()
+    pins = re.findall(r"^ {6}- (\S+==\S+)$", text, re.M)
+    assert sorted(map(normal, pins)) == sorted(map(normal, PROJECT["dependencies"]))
+    assert "python=3.11" in text
+
+
+def test_every_dependency_is_pinned_and_locked_at_the_same_version():
+    locked = {normal(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
+    for pin in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]:
+        assert normal(pin) in locked, pin
+    assert any(pin.startswith("vllm==") for pin in PROJECT["optional-dependencies"]["gpu"])
+
+
+def test_the_lock_holds_no_gpu_packages():
+    assert not re.search(r"^(nvidia|cuda|triton)", (ROOT / "constraints.txt").read_text(), re.M)
+
+
+def test_ci_runs_the_readmes_test_command():
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+    readme = (ROOT / "README.md").read_text()
+    assert "make test" in readme and "make reproduce" in readme
+
+
+def test_modules_stay_readable():
+    long = {p.name: n for p in (ROOT / "vrag_lib").glob("*.py") if (n := len(p.read_text().splitlines())) > 500}
+    assert not long
+
+
+def test_no_tracked_file_names_a_machine():
+    """Paths of the machine a result was made on do not belong in the repository."""
+    names = "|".join(f"/{top}/" for top in ("work", "root", "home", "Users"))
+    found = subprocess.run(
+        ["git", "grep", "-nIE", f"(^|[^A-Za-z.~_])({names})[A-Za-z]", "--", ":!constraints.txt"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert found.returncode in (0, 1, 128), found.stderr
+    assert not found.stdout, found.stdout
