@@ -1,0 +1,365 @@
+"""The Transformers policy: any Qwen2-VL or Qwen2.5-VL checkpoint, from a folder or the hub.
+
+Deviations from the released code: the tokens of earlier turns are never encoded again, a reply is exactly what was
+sampled (traps T2, T12); positions are multimodal (3-D) in sampling, as they must be in training (T1); the context is
+counted with its image tokens, and one that is full is reported (T13); images arrive at their shown size and are never
+resized again (T8).
+
+Tokens. A conversation is ChatML, in pieces that are encoded once each:
+
+    user 1       [system turn] <|im_start|>user\\n IMAGES TEXT <|im_end|>\\n <|im_start|>assistant\\n
+    assistant 1  the sampled tokens, with <|im_end|> if it was sampled
+    user 2       <|im_end|> if it was not, \\n <|im_start|>user\\n IMAGES TEXT <|im_end|>\\n <|im_start|>assistant\\n
+
+An image is <|vision_start|>, one <|image_pad|> per vision token, <|vision_end|>. Special tokens written out in a
+question, or in a reply that came as text, are encoded as ordinary characters: text cannot forge turns or images.
+
+Log-probs are those of the distribution sampled from: log-softmax, in float32, of the logits after image tokens were
+given no probability, division by the temperature, and cutting to the nucleus. Greedy replies (temperature 0) carry
+the log-probs at temperature 1. For training use top_p=1 and mask the same image tokens in the trainer
+(`suppressed_token_ids`); the two then agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vrag_lib.actions import IMAGE_TOKENS, STOP_STRINGS, cut_reply
+from vrag_lib.geometry import PATCH
+from vrag_lib.policy import Conversation, Reply
+from vrag_lib.torch_setup import ensure_torchvision
+from vrag_lib.trajectory import ImageRef, Turn, clean_text
+
+if TYPE_CHECKING:
+    import torch
+
+    from vrag_lib.corpus import Corpus
+
+_STOP_WINDOW = 16
+"""Newest tokens decoded to look for a stop string: the longest has 9 characters, and a token has at least one byte."""
+
+_RENDERED_IMAGES = 128
+"""Images kept between calls, at most about 1.2 MB each at 512 vision tokens: a conversation shows them every turn."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be this policy; the message says why."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """One conversation as tokens: ids with one image placeholder per vision token, and the images in order."""
+
+    token_ids: tuple[int, ...]
+    images: tuple[ImageRef, ...]
+
+
+class TransformersPolicy:
+    """Samples replies from a Qwen2-VL-type model in left-padded batches with a key-value cache.
+
+    With seeds, a reply depends on its conversation and seed alone: every row draws from a generator of its own. In
+    float32 the rest of the batch moves log-probs by rounding only (1e-6); in bfloat16 rounding can change a token.
+
+    corpus: where image references are rendered from.
+    temperature: 0 is greedy. top_p: nucleus, 1 is the whole distribution.
+    max_reply_tokens, max_context_tokens: limits in tokens, image tokens counted; the context includes the reply.
+    batch_size: conversations per forward pass; on a full GPU a batch is halved and tried again.
+
+    Raises CheckpointError when the processor's chat template or image patches are not Qwen2-VL's.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        corpus: Corpus,
+        *,
+        name: str = "transformers",
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        max_reply_tokens: int = 2048,
+        max_context_tokens: int = 10240,
+        batch_size: int = 8,
+    ):
+        if temperature < 0 or not 0 < top_p <= 1 or min(max_reply_tokens, max_context_tokens, batch_size) < 1:
+            raise ValueError("temperature is at least 0, top_p in (0, 1], token limits and batch size at least 1")
+        self.name = name
+        self.model = model
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        self.temperature, self.top_p = temperature, top_p
+        self.max_reply_tokens, self.batch_size = max_reply_tokens, batch_size
+        longest = getattr(model.config.get_text_config(), "max_position_embeddings", max_context_tokens)
+        self.max_context_tokens = min(max_context_tokens, longest)
+        unit = processor.image_processor.patch_size * processor.image_processor.merge_size
+        if unit != PATCH:
+            raise CheckpointError(f"{name}: one vision token is {unit} pixels wide, {PATCH} is needed (Qwen2(.5)-VL)")
+        self._opening = self._read_opening()
+        self._rope = next((m for m in model.modules() if hasattr(m, "get_rope_index")), None)
+        if self._rope is None:
+            raise CheckpointError(f"{name}: {type(model).__name__} has no multimodal positions; use Qwen2(.5)-VL")
+        self._im_end = self._id("<|im_end|>")
+        ends = getattr(model.generation_config, "eos_token_id", None)
+        self._ends = {self._im_end, *([ends] if isinstance(ends, int) else ends or [])}
+        self.suppressed_token_ids = tuple(self._id(t) for t in IMAGE_TOKENS if t in self.tokenizer.get_vocab())
+        self._render = lru_cache(_RENDERED_IMAGES)(lambda ref: ref.render(corpus))
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, corpus: Corpus, *, device: str = "auto", dtype: str = "auto", **settings: Any
+    ) -> TransformersPolicy:
+        """Load a checkpoint folder or hub id. `device`: auto (cuda if there is one), cpu, cuda; `dtype`: auto
+        (float32 on the CPU, else bfloat16), float32, bfloat16. `settings` are those of the class.
+
+        Raises CheckpointError when it cannot be loaded, or when a weight of the model is not in it.
+        """
+        ensure_torchvision()
+        import torch
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if dtype == "auto":
+            dtype = "float32" if device == "cpu" else "bfloat16"
+        local = Path(path).is_dir()
+        try:
+            processor = AutoProcessor.from_pretrained(path, local_files_only=local)
+            model, info = AutoModelForImageTextToText.from_pretrained(
+                path, dtype=getattr(torch, dtype), local_files_only=local, output_loading_info=True
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{path} cannot be loaded as a Qwen2-VL-type checkpoint: {error}") from error
+        if info["missing_keys"]:
+            missing = sorted(info["missing_keys"])
+            raise CheckpointError(f"{path} lacks {len(missing)} weights of its model, for example {missing[0]}")
+        settings.setdefault("name", f"transformers:{Path(path).name}")
+        return cls(model.to(device), processor, corpus, **settings)
+
+    def generate(self, conversations: Sequence[Conversation], *, seeds: Sequence[int] | None = None) -> list[Reply]:
+        """One reply per conversation. A conversation whose images cannot be rendered gets an error; one whose context
+        is full, finish reason `overflow`. Without `seeds`, seeds come from torch's global generator."""
+        import torch
+
+        if seeds is None:
+            seeds = torch.randint(2**62, (len(conversations),)).tolist()
+        if len(seeds) != len(conversations):
+            raise ValueError(f"{len(conversations)} conversations but {len(seeds)} seeds")
+        replies: list[Reply | None] = [None] * len(conversations)
+        contexts: dict[int, Context] = {}
+        for i, conversation in enumerate(conversations):
+            context = self.encode(conversation)
+            try:
+                for image in context.images:
+                    self._render(image)
+            except Exception as error:  # a page file may be broken in any way; that must cost this conversation only
+                replies[i] = Reply("", finish_reason="error", error=f"an image cannot be shown: {error}")
+                continue
+            if len(context.token_ids) >= self.max_context_tokens:
+                replies[i] = Reply("", prompt_token_ids=context.token_ids, finish_reason="overflow")
+            else:
+                contexts[i] = context
+        order = sorted(contexts, key=lambda i: (len(contexts[i].token_ids), i))  # similar lengths share a batch
+        for start in range(0, len(order), self.batch_size):
+            chosen = order[start : start + self.batch_size]
+            sampled = self._sample_halving([contexts[i] for i in chosen], [seeds[i] for i in chosen])
+            for i, reply in zip(chosen, sampled, strict=True):
+                replies[i] = reply
+        return [reply for reply in replies if reply is not None]
+
+    def encode(self, conversation: Conversation) -> Context:
+        """The context a reply to this conversation is sampled from. Recorded token ids are used as they are."""
+        ids: list[int] = []
+        images: list[ImageRef] = []
+        for turn in conversation:
+            images += turn.images
+            if turn.token_ids is not None:
+                ids += turn.token_ids
+            elif turn.role == "assistant":
+                ids += self._text_ids(turn.text)
+            else:
+                ids += self._user_ids(turn, ids)
+        return Context(tuple(ids), tuple(images))
+
+    def _user_ids(self, turn: Turn, before: list[int]) -> list[int]:
+        start = self._id("<|im_start|>")
+        if before:
+            ids = ([] if before[-1] == self._im_end else [self._im_end]) + self._text_ids("\n") + [start]
+        else:
+            ids = list(self._opening)
+        # "user\n" and a text directly after it are one piece, as in the chat template: the two may share a token.
+        head, text = ("user\n", turn.text) if turn.images else ("user\n" + turn.text, "")
+        ids += self._text_ids(head)
+        for image in turn.images:
+            pads = [self._id("<|image_pad|>")] * image.view.shown.tokens
+            ids += [self._id("<|vision_start|>"), *pads, self._id("<|vision_end|>")]
+        ids += [*self._text_ids(text), self._im_end, *self._text_ids("\n"), start]
+        return ids + self._text_ids("assistant\n")
+
+    def _text_ids(self, text: str) -> list[int]:
+        return self.tokenizer.encode(clean_text(text), add_special_tokens=False, split_special_tokens=True)
+
+    def _id(self, token: str) -> int:
+        return self.tokenizer.convert_tokens_to_ids(token)
+
+    def _read_opening(self) -> list[int]:
+        """Tokens of what the chat template puts before the first user turn, up to its `<|im_start|>`; the rest of the
+        template must be the one described above."""
+        probe = [
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]},
+            {"role": "assistant", "content": "b"},
+            {"role": "user", "content": [{"type": "text", "text": "c"}]},
+        ]
+        expected = (
+            "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>a<|im_end|>\n"
+            "<|im_start|>assistant\nb<|im_end|>\n<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n"
+        )
+        try:
+            text = self.processor.apply_chat_template(probe, add_generation_prompt=True, tokenize=False)
+        except ValueError as error:
+            raise CheckpointError(f"{self.name}: the processor has no chat template: {error}") from error
+        if not text.endswith(expected):
+            raise CheckpointError(f"{self.name}: the chat template is not Qwen2-VL's; it renders {text!r}")
+        opening = text[: -len(expected)] + "<|im_start|>"
+        return self.tokenizer.encode(opening, add_special_tokens=False)
+
+    def _sample_halving(self, contexts: list[Context], seeds: Sequence[int]) -> list[Reply]:
+        """`_sample`, in halves when the accelerator's memory does not hold the batch."""
+        import torch
+
+        was_training = self.model.training
+        self.model.eval()  # a trainer may hand over its model between two steps: no dropout while it samples
+        try:
+            return self._sample(contexts, seeds)
+        except torch.cuda.OutOfMemoryError as error:
+            if len(contexts) == 1:
+                return [Reply("", finish_reason="error", error=f"the context does not fit in memory: {error}")]
+        finally:
+            self.model.train(was_training)
+        torch.cuda.empty_cache()
+        half = len(contexts) // 2
+        first = self._sample_halving(contexts[:half], seeds[:half])
+        return first + self._sample_halving(contexts[half:], seeds[half:])
+
+    def model_inputs(self, contexts: Sequence[Context]) -> dict[str, torch.Tensor]:
+        """Left-padded inputs of one forward pass: input_ids, attention_mask (B, T), position_ids (3, B, T) and, if
+        there are images, pixel_values (patches, 1176) and image_grid_thw (images, 3).
+
+        Raises ValueError when the image processor makes another number of vision tokens than the context holds.
+        """
+        import torch
+
+        longest = max(len(context.token_ids) for context in contexts)
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self._im_end
+        ids = torch.full((len(contexts), longest), pad)
+        mask = torch.zeros_like(ids)
+        for row, context in enumerate(contexts):
+            ids[row, longest - len(context.token_ids) :] = torch.tensor(context.token_ids)
+            mask[row, longest - len(context.token_ids) :] = 1
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        images = [image for context in contexts for image in context.images]
+        if images:
+            pixels = self.processor.image_processor(
+                images=[self._render(image) for image in images], do_resize=False, return_tensors="pt"
+            )
+            grid = pixels["image_grid_thw"]
+            for image, (_, height, width) in zip(images, grid.tolist(), strict=True):
+                shown, patch = image.view.shown, self.processor.image_processor.patch_size
+                if (width * patch, height * patch) != (shown.width, shown.height):
+                    raise ValueError(f"an image of {shown} became {width} x {height} patches of {patch} pixels")
+            dtype = next(self.model.parameters()).dtype
+            inputs |= {"pixel_values": pixels["pixel_values"].to(dtype), "image_grid_thw": grid}
+        is_image = (ids == self._id("<|image_pad|>")).int() * mask.int()
+        inputs["position_ids"], _ = self._rope.get_rope_index(
+            ids, is_image, image_grid_thw=inputs.get("image_grid_thw"), attention_mask=mask
+        )
+        device = next(self.model.parameters()).device
+        return {name: tensor.to(device) for name, tensor in inputs.items()}
+
+    def _sample(self, contexts: list[Context], seeds: Sequence[int]) -> list[Reply]:
+        """Sample one batch, token by token; a row leaves the batch and the cache as it finishes."""
+        import torch
+
+        ids: list[list[int]] = [[] for _ in contexts]
+        logprobs: list[list[float]] = [[] for _ in contexts]
+        reasons = [""] * len(contexts)
+        limits = [min(self.max_reply_tokens, self.max_context_tokens - len(c.token_ids)) for c in contexts]
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        rows = list(range(len(contexts)))
+        with torch.inference_mode():
+            inputs = self.model_inputs(contexts)
+            mask, position = inputs["attention_mask"], inputs["position_ids"].amax((0, 2)) + 1  # (B, T), (B,)
+            output = self.model(**inputs, use_cache=True, logits_to_keep=1)
+            while True:
+                chosen, chosen_logprobs = self._draw(output.logits[:, -1].float(), [generators[r] for r in rows])
+                for r, token, logprob in zip(rows, chosen.tolist(), chosen_logprobs.tolist(), strict=True):
+                    ids[r].append(token)
+                    logprobs[r].append(logprob)
+                    reasons[r] = self._finish_reason(ids[r], limits[r])
+                kept = [i for i, r in enumerate(rows) if not reasons[r]]
+                if not kept:
+                    break
+                if len(kept) < len(rows):
+                    keep = torch.tensor(kept, device=mask.device)
+                    output.past_key_values.batch_select_indices(keep)
+                    chosen, mask, position = chosen[keep], mask[keep], position[keep]
+                    rows = [rows[i] for i in kept]
+                mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+                output = self.model(
+                    input_ids=chosen[:, None],
+                    attention_mask=mask,
+                    position_ids=position[None, :, None].expand(3, -1, -1),
+                    past_key_values=output.past_key_values,
+                    use_cache=True,
+                )
+                position = position + 1
+        return [
+            Reply(self._text(i), tuple(i), tuple(lp), context.token_ids, reason)
+            for i, lp, context, reason in zip(ids, logprobs, contexts, reasons, strict=True)
+        ]
+
+    def _draw(self, logits: torch.Tensor, generators: Sequence[torch.Generator]) -> tuple[torch.Tensor, torch.Tensor]:
+        """One token per row of `logits` (B, V), and its log-prob."""
+        import torch
+
+        logits[:, list(self.suppressed_token_ids)] = -torch.inf
+        logprobs = sampling_logprobs(logits, self.temperature, self.top_p)
+        if self.temperature == 0:
+            chosen = logprobs.argmax(-1)
+        else:
+            # Inverse of the cumulative distribution: one number per row and step, whatever the batch. It stays below
+            # 1 by more than float64's rounding, so that the search ends on a token that has probability.
+            uniform = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators])
+            cumulative = logprobs.double().exp().cumsum(-1)
+            target = uniform.clamp(max=1 - 2**-40).to(logits.device)[:, None] * cumulative[:, -1:]
+            chosen = torch.searchsorted(cumulative, target, right=True)[:, 0]
+        return chosen, logprobs.gather(-1, chosen[:, None])[:, 0]
+
+    def _finish_reason(self, ids: list[int], limit: int) -> str:
+        """`stop` at an end token or a stop string, `length` at the limit, empty while the reply goes on."""
+        if ids[-1] in self._ends:
+            return "stop"
+        newest = self.tokenizer.decode(ids[-_STOP_WINDOW:], skip_special_tokens=False)
+        if any(string in newest for string in STOP_STRINGS):
+            return "stop"
+        return "length" if len(ids) >= limit else ""
+
+    def _text(self, ids: list[int]) -> str:
+        """The reply as text, without its end token and without what its last token holds beyond a stop string."""
+        kept = ids[:-1] if ids[-1] in self._ends else ids
+        return cut_reply(self.tokenizer.decode(kept, skip_special_tokens=False))
+
+
+def sampling_logprobs(logits: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
+    """Log-probs (B, V) of the distribution sampled from: `logits` (B, V) over temperature (1 where it is 0: greedy),
+    cut to the smallest set of tokens whose probability reaches `top_p`, the likeliest always in it."""
+    logprobs = (logits / (temperature or 1.0)).log_softmax(-1)
+    if top_p >= 1:
+        return logprobs
+    ordered, order = logprobs.sort(dim=-1, descending=True, stable=True)
+    probs = ordered.exp()
+    outside = probs.cumsum(-1) - probs >= top_p  # what comes before a token already reaches top_p
+    return logprobs.masked_fill(outside.gather(-1, order.argsort(-1)), float("-inf")).log_softmax(-1)
