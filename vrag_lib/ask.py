@@ -1,0 +1,111 @@
+"""One question to one collection: answer, document, page, region, and the trajectory to look at."""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+from vrag_lib.actions import ActionKind
+from vrag_lib.config import Config, save_config
+from vrag_lib.corpus import Corpus, Question
+from vrag_lib.factory import make_policy, make_retriever, open_corpus
+from vrag_lib.rollout import rollout
+from vrag_lib.trajectory import Trajectory, Turn, write_trajectories
+from vrag_lib.viewer import trajectory_html
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What `vrag ask` found. `viewer` is the HTML page of the trajectory; the corpus is kept to look further."""
+
+    trajectory: Trajectory
+    corpus: Corpus
+    viewer: Path
+
+    def report(self) -> str:
+        """Answer, source and trajectory as text for a terminal."""
+        return f"{describe_answer(self.trajectory, self.corpus)}\n\n{describe_turns(self.trajectory)}"
+
+
+def ask(path: str | Path, question: str, config: Config) -> Answer:
+    """Answer `question` from the documents at `path`; write trajectory, config and viewer page to the run folder.
+
+    Raises CorpusError, ConfigError or RetrievalIndexError when the documents, settings or index cannot be used; a
+    policy that fails ends with a trajectory that says so.
+    """
+    if not question.strip():
+        raise ValueError("the question is empty")
+    corpus = open_corpus(path, config)
+    retriever = make_retriever(corpus, config)
+    policy = make_policy(corpus, config)
+    item = Question("ask", question.strip(), "")
+    trajectory = rollout(
+        policy,
+        [item],
+        corpus,
+        retriever,
+        config.environment,
+        seeds=[config.seed],
+        preset=config.preset,
+        run_id="ask",
+    )[0]
+    folder = config.folder("ask")
+    save_config(config, folder)
+    write_trajectories([trajectory], folder / "trajectories.parquet")
+    viewer = folder / "trajectory.html"
+    viewer.write_text(trajectory_html([trajectory], corpus, title=question.strip()), encoding="utf-8")
+    return Answer(trajectory, corpus, viewer)
+
+
+def describe_answer(trajectory: Trajectory, corpus: Corpus) -> str:
+    """Answer, document, page and region, one line each."""
+    lines = [f"question  {trajectory.question}"]
+    if trajectory.answer is not None:
+        lines.append(f"answer    {trajectory.answer}")
+    else:
+        lines.append(f"answer    none ({trajectory.stop_reason}{': ' + trajectory.error if trajectory.error else ''})")
+    evidence = trajectory.evidence
+    if evidence is None:
+        return "\n".join([*lines, "source    no page was looked at"])
+    page = corpus.page(evidence.page_id)
+    document = next(d for d in corpus.documents if d.id == page.document_id)
+    box = ", ".join(str(round(v)) for v in evidence.view.box.as_tuple())
+    return "\n".join(
+        [
+            *lines,
+            f"document  {document.path}",
+            f"page      {page.number}",
+            f"region    [{box}] of {page.size.width} x {page.size.height} pixels"
+            + ("" if evidence.is_crop else " (whole page)"),
+        ]
+    )
+
+
+def describe_turns(trajectory: Trajectory) -> str:
+    """The trajectory, one paragraph per turn after the prompt."""
+    width = min(shutil.get_terminal_size((100, 24)).columns, 110)
+    paragraphs = []
+    for turn in trajectory.turns[1:]:
+        text = _reply_line(turn) if turn.role == "assistant" else _observation_line(turn)
+        mark = "agent > " if turn.role == "assistant" else "    < "
+        paragraphs.append(textwrap.fill(text, width, initial_indent=mark, subsequent_indent=" " * len(mark)))
+    return "\n".join([*paragraphs, f"stop    {trajectory.stop_reason}, {len(trajectory.replies)} replies"])
+
+
+def _reply_line(turn: Turn) -> str:
+    thought = turn.text.partition("<think>")[2].partition("</think>")[0].strip()
+    if turn.action is None:
+        return f"{thought} [invalid: {turn.invalid}]".strip()
+    verb = {ActionKind.SEARCH: "search", ActionKind.CROP: "look closer at", ActionKind.ANSWER: "answer"}
+    return f"{thought} → {verb[turn.action.kind]}: {turn.action.argument}".strip()
+
+
+def _observation_line(turn: Turn) -> str:
+    shown = [
+        f"{'region of' if image.is_crop else 'page'} {image.page_id} "
+        f"({image.view.shown.width} x {image.view.shown.height} px)"
+        for image in turn.images
+    ]
+    return "; ".join([*shown, *([turn.text] if turn.text else [])]) or "(nothing)"

@@ -1,0 +1,214 @@
+"""The `vrag` command: each sub-command calls the function of the package that the notebooks call.
+
+vrag ask FOLDER "question"            answer with page and region, offline
+vrag COMMAND --help                   what a command takes
+vrag config                           every setting, for `key=value` overrides
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from vrag_lib import __version__
+from vrag_lib.config import PRESETS, Config, cache_dir, describe, load_config
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line with all its sub-commands."""
+    parser = argparse.ArgumentParser(
+        prog="vrag", description="A reproduction of VRAG-RL: search page images, look closer, answer, learn."
+    )
+    parser.add_argument("--version", action="version", version=f"vrag {__version__}")
+    commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
+    for add in (_ask, _index, _serve, _view, _eval_retrieval, _bench, _config, _reproduce):
+        add(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; errors that name a wrong input end with status 2 and one line, not a traceback."""
+    parser = build_parser()
+    # Overrides may stand anywhere after the command, which argparse cannot declare: they are what it does not know.
+    arguments, overrides = parser.parse_known_args(argv)
+    unknown = [text for text in overrides if text.startswith("-") or "=" not in text]
+    if unknown:
+        parser.error(f"unknown argument {unknown[0]!r}; settings are written key=value")
+    arguments.overrides = overrides
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        return arguments.run(arguments) or 0
+    except (ValueError, OSError, RuntimeError) as error:
+        if arguments.traceback:
+            raise
+        print(f"vrag {arguments.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; finished parts are kept and the same command goes on from them", file=sys.stderr)
+        return 130
+
+
+def _command(
+    commands, name: str, run, help_text: str, positionals: Sequence[tuple[str, str]] = ()
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name,
+        help=help_text,
+        description=help_text,
+        epilog="Settings of the preset are changed by key=value arguments; `vrag config` lists them.",
+    )
+    parser.set_defaults(run=run)
+    for positional, text in positionals:
+        parser.add_argument(positional, help=text)
+    parser.add_argument("--preset", default="laptop", help=f"one of {', '.join(PRESETS)} (default: %(default)s)")
+    parser.add_argument("--traceback", action="store_true", help="show the whole traceback of an error")
+    return parser
+
+
+def _read(arguments: argparse.Namespace, named: Mapping[str, object] | None = None) -> Config:
+    """The preset, then options given by name, then `key=value` overrides: the later wins."""
+    options = [f"{key}={value}" for key, value in (named or {}).items() if value is not None]
+    return load_config(arguments.preset, [*options, *arguments.overrides])
+
+
+def _ask(commands) -> None:
+    def run(arguments) -> None:
+        from vrag_lib.ask import ask
+
+        named = {
+            "policy.kind": arguments.policy,
+            "policy.base_url": arguments.base_url,
+            "policy.model": arguments.model,
+            "retrieval.kind": arguments.retriever,
+            "results": arguments.out,
+        }
+        answer = ask(arguments.path, arguments.question, _read(arguments, named))
+        print(answer.report())
+        print(f"viewer  {answer.viewer}")
+
+    what = "answer a question from a folder of PDFs or images, offline by default"
+    positionals = [("path", "folder or file of documents"), ("question", "the question, quoted")]
+    parser = _command(commands, "ask", run, what, positionals)
+    parser.add_argument("--policy", help="extractive (default, no model), transformers or openai")
+    parser.add_argument("--model", help="the policy's model: path, hub id or the endpoint's name for it")
+    parser.add_argument("--base-url", help="endpoint of an OpenAI-compatible server, up to and including /v1")
+    parser.add_argument("--retriever", help="text (default), bm25, dense, visual or remote")
+    parser.add_argument("--out", help="results folder (default: results)")
+
+
+def _index(commands) -> None:
+    def run(arguments) -> None:
+        from vrag_lib.factory import make_retriever, open_corpus
+
+        named = {"retrieval.kind": arguments.retriever, "retrieval.model": arguments.model}
+        config = _read(arguments, named)
+        corpus = open_corpus(arguments.path, config)
+        retriever = make_retriever(corpus, config)
+        print(f"{len(corpus.documents)} documents, {len(corpus.pages)} pages, {len(corpus.problems)} left out")
+        print(f"index  {retriever.name}; pages, text and embeddings are kept in {cache_dir()}")
+
+    what = "render, read and index documents ahead of time, so that later commands start at once"
+    parser = _command(commands, "index", run, what, [("path", "folder or file of documents")])
+    parser.add_argument("--retriever", help="text (default), bm25, dense, visual or remote")
+    parser.add_argument("--model", help="visual: path or hub id of a ColPali-type model")
+
+
+def _serve(commands) -> None:
+    def run(arguments) -> None:
+        from vrag_lib.factory import make_retriever, open_corpus
+        from vrag_lib.search_server import serve
+
+        named = {"retrieval.kind": arguments.retriever, "retrieval.model": arguments.model}
+        config = _read(arguments, named)
+        corpus = open_corpus(arguments.path, config)
+        serve(make_retriever(corpus, config), corpus, host=arguments.host, port=arguments.port)
+
+    what = "answer GET /search as the authors' search server does"
+    parser = _command(commands, "serve", run, what, [("path", "folder or file of documents")])
+    parser.add_argument("--retriever", help="text (default), bm25, dense or visual")
+    parser.add_argument("--model", help="visual: path or hub id of a ColPali-type model")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
+    parser.add_argument("--port", type=int, default=8002, help="port (default: %(default)s, as the authors')")
+
+
+def _view(commands) -> None:
+    def run(arguments) -> None:
+        from vrag_lib.factory import open_corpus
+        from vrag_lib.trajectory import read_trajectories
+        from vrag_lib.viewer import trajectory_html
+
+        trajectories = read_trajectories(arguments.trajectories)[: arguments.most]
+        corpus = open_corpus(arguments.path, _read(arguments, {"corpus.ocr": "none"}))
+        page = trajectory_html(trajectories, corpus, title=Path(arguments.trajectories).stem)
+        target = Path(arguments.out or Path(arguments.trajectories).with_suffix(".html"))
+        target.write_text(page, encoding="utf-8")
+        print(f"viewer  {target}")
+
+    what = "write one HTML page that shows a file of trajectories"
+    positionals = [("trajectories", "a trajectories.parquet"), ("path", "the documents they were made from")]
+    parser = _command(commands, "view", run, what, positionals)
+    parser.add_argument("--most", type=int, default=50, help="trajectories shown (default: %(default)s)")
+    parser.add_argument("--out", help="HTML file (default: beside the parquet file)")
+
+
+def _eval_retrieval(commands) -> None:
+    def run(arguments) -> None:
+        from vrag_lib.evaluate_retrieval import run_eval_retrieval
+
+        config = _read(arguments)
+        out = arguments.out or config.folder("retrieval")
+        table = run_eval_retrieval(arguments.dataset, out, workers=config.corpus.workers, seed=config.seed)
+        print(table.to_string(index=False))
+        print(f"written to {out}")
+
+    what = "measure retrieval methods on a document benchmark: recall, nDCG, MRR with 95 %% intervals, seconds"
+    positionals = [("dataset", "folder of the benchmark: documents and questions")]
+    parser = _command(commands, "eval-retrieval", run, what, positionals)
+    parser.add_argument("--out", help="results folder (default: results/<preset>/retrieval)")
+
+
+def _bench(commands) -> None:
+    def search(arguments) -> None:
+        from vrag_lib.bench import bench_search
+
+        config = _read(arguments)
+        out = Path(arguments.out or config.folder("bench_search"))
+        print(bench_search(pages=tuple(arguments.pages), out_dir=out, seed=config.seed).to_string(index=False))
+        print(f"written to {out}")
+
+    bench = commands.add_parser("bench", help="time the package against what it replaces", description="Benchmarks.")
+    kinds = bench.add_subparsers(title="benchmarks", dest="benchmark", required=True, metavar="BENCHMARK")
+    what = "time exact MaxSim against colpali-engine's scorer and byaldi's search on the same embeddings"
+    parser = _command(kinds, "search", search, what)
+    parser.add_argument("--pages", type=int, nargs="+", default=[500, 2000, 10000], help="index sizes to time")
+    parser.add_argument("--out", help="results folder (default: results/<preset>/bench_search)")
+
+
+def _config(commands) -> None:
+    def run(arguments) -> None:
+        print(describe(_read(arguments)))
+
+    _command(commands, "config", run, "print every setting of a preset with its meaning")
+
+
+def _reproduce(commands) -> None:
+    def run(arguments) -> None:
+        from vrag_lib.notebooks import repository, reproduce
+
+        config = _read(arguments)
+        reproduce(config, arguments.overrides, force=arguments.force, save_outputs=arguments.save_outputs)
+        where = repository() / config.folder("")
+        print(f"done; look at {where}/ (figures, tables, trajectories) and {where}/notebooks/ (executed notebooks)")
+
+    parser = _command(commands, "reproduce", run, "run every notebook in order and write results/<preset>/")
+    parser.add_argument(
+        "--force", action="store_true", help="also run notebooks that are unchanged since their last run"
+    )
+    parser.add_argument("--save-outputs", action="store_true", help="keep the outputs in notebooks/ as well")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

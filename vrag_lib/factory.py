@@ -1,0 +1,102 @@
+"""From a config to the objects it names: corpus, retriever, policy. The command line and the notebooks build through
+here, so a setting means the same in both. Heavy libraries are imported only by what is chosen.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vrag_lib.config import Config, ConfigError, cache_dir
+from vrag_lib.corpus import Corpus
+from vrag_lib.policy import Policy
+from vrag_lib.retrieval import Retriever
+
+RETRIEVERS = ("text", "bm25", "dense", "visual", "remote")
+POLICIES = ("extractive", "transformers", "openai")
+
+
+def open_corpus(path: str | Path, config: Config) -> Corpus:
+    """The pages of a folder or file, with OCR where the config wants it.
+
+    Raises CorpusError when nothing there can be read, ConfigError for an unknown `corpus.ocr`.
+    """
+    settings = config.corpus
+    if settings.ocr not in ("none", "no_text", "all"):
+        raise ConfigError(f"corpus.ocr is none, no_text or all, not {settings.ocr!r}")
+    corpus = Corpus.from_folder(path, dpi=settings.dpi, workers=settings.workers)
+    if settings.ocr == "none":
+        return corpus
+    from vrag_lib.ocr import ocr_pages
+
+    return ocr_pages(corpus, workers=settings.workers, pages=settings.ocr)
+
+
+def make_retriever(corpus: Corpus, config: Config) -> Retriever:
+    """The retriever named by `retrieval.kind`, its index built or read from the cache.
+
+    Raises ConfigError for an unknown kind or one whose model or url is missing.
+    """
+    settings = config.retrieval
+    if settings.kind == "text":
+        from vrag_lib.text_retrieval import default_text_retriever
+
+        return default_text_retriever(corpus)
+    if settings.kind == "bm25":
+        from vrag_lib.text_retrieval import BM25Retriever
+
+        return BM25Retriever.from_corpus(corpus)
+    if settings.kind == "dense":
+        from vrag_lib.text_retrieval import DenseRetriever
+
+        return DenseRetriever.from_corpus(corpus)
+    if settings.kind == "visual":
+        from vrag_lib.visual_retrieval import VisualRetriever
+
+        if not settings.model:
+            raise ConfigError("retrieval.kind=visual needs retrieval.model=, a path or hub id of a ColPali-type model")
+        return VisualRetriever.build(corpus, settings.model, cache_dir() / "visual")
+    if settings.kind == "remote":
+        from vrag_lib.search_server import RemoteRetriever
+
+        if not settings.url:
+            raise ConfigError("retrieval.kind=remote needs retrieval.url=, the base URL of a search server")
+        return RemoteRetriever(settings.url, corpus)
+    raise ConfigError(f"retrieval.kind is one of {', '.join(RETRIEVERS)}, not {settings.kind!r}")
+
+
+def make_policy(corpus: Corpus, config: Config) -> Policy:
+    """The policy named by `policy.kind`.
+
+    Raises ConfigError for an unknown kind or one whose model or endpoint is missing.
+    """
+    settings = config.policy
+    limits = {
+        "temperature": settings.temperature,
+        "top_p": settings.top_p,
+        "max_reply_tokens": settings.max_reply_tokens,
+    }
+    if settings.kind == "extractive":
+        from vrag_lib.policy_extractive import ExtractivePolicy
+
+        return ExtractivePolicy(corpus)
+    if settings.kind == "transformers":
+        from vrag_lib.policy_transformers import TransformersPolicy
+
+        if not settings.model:
+            raise ConfigError("policy.kind=transformers needs policy.model=, a path or hub id of a Qwen2-VL-type model")
+        return TransformersPolicy.from_pretrained(
+            settings.model,
+            corpus,
+            device=settings.device,
+            dtype=settings.dtype,
+            max_context_tokens=settings.max_context_tokens,
+            batch_size=settings.batch_size,
+            **limits,
+        )
+    if settings.kind == "openai":
+        from vrag_lib.policy_openai import OpenAIPolicy
+
+        if not settings.base_url or not settings.model:
+            raise ConfigError("policy.kind=openai needs policy.base_url= (…/v1) and policy.model=")
+        return OpenAIPolicy(corpus, settings.base_url, settings.model, api_key_env=settings.api_key_env, **limits)
+    raise ConfigError(f"policy.kind is one of {', '.join(POLICIES)}, not {settings.kind!r}")
