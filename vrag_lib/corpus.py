@@ -270,6 +270,7 @@ def document_ids(files: Sequence[Path], root: Path) -> dict[Path, str]:
     >>> list(ids.values())
     ['a_x', 'b_x_pdf', 'b_x_png', 'y']
     """
+
     def below(file: Path) -> str:
         parts = file.relative_to(root).parts if file != root else (file.name,)
         return "_".join([*parts[:-1], document_stem(file.name)])
@@ -344,7 +345,15 @@ def _load_pages(document_id: str, folder: Path, page_count: int) -> tuple[tuple[
                 continue
             lines = tuple(TextLine(text, Box(*box)) for text, *box in record["lines"])
             source = "layer" if lines else "none"
-            pages.append(Page(
-                f"{document_id}_{name}", document_id, int(name), folder / f"{name}.jpg", Size(*record["size"]), lines, source
-            ))
+            pages.append(
+                Page(
+                    f"{document_id}_{name}",
+                    document_id,
+                    int(name),
+                    folder / f"{name}.jpg",
+                    Size(*record["size"]),
+                    lines,
+                    source,
+                )
+            )
     return tuple(pages), errors

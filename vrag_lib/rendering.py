@@ -41,7 +41,7 @@ MAX_IMAGE_PIXELS = 150_000_000
 MAX_PAGE_ASPECT = 200
 """Qwen's image processor refuses a larger ratio of sides, so such a page could never be shown."""
 
-_CACHE_VERSION = 1  # raise when the files written below change in content or form
+_CACHE_VERSION = 2  # raise when the files written below change in content or form
 _PDF_ERRORS = {
     2: "the file cannot be read",
     3: "not a PDF, or broken beyond repair",
