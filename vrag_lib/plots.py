@@ -1,0 +1,142 @@
+"""Figures of the notebooks and results: pages, boxes, intervals. Each function returns a matplotlib Figure.
+
+Figures are drawn from records and tables only, so any of them can be redrawn without running anything again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from vrag_lib.geometry import Box
+from vrag_lib.trajectory import ImageRef
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from vrag_lib.corpus import Corpus, Page
+
+COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b83280", "#4a5568")
+"""One colour per series, in order; distinguishable in print and by colour-blind readers."""
+
+
+def page_gallery(pages: Sequence[Page], columns: int = 4, width: float = 11.0) -> Figure:
+    """The pages as thumbnails with their ids, `columns` to a row; `width` in inches."""
+    if not pages:
+        raise ValueError("there are no pages to show")
+    columns = min(columns, len(pages))
+    rows = -(-len(pages) // columns)
+    tallest = max(page.size.height / page.size.width for page in pages)
+    figure = Figure(figsize=(width, rows * (width / columns * tallest + 0.25)), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for ax in axes.flat:
+        ax.axis("off")
+    for ax, page in zip(axes.flat, pages, strict=False):
+        _draw_image(ax, page.open_image(), 480)
+        ax.set_title(page.id, fontsize=8)
+    return figure
+
+
+def view_figure(corpus: Corpus, image: ImageRef, width: float = 11.0) -> Figure:
+    """A crop as the model gets it: the box on its page (left) and the enlarged region (right), each with its size."""
+    page = corpus.page(image.page_id)
+    figure = Figure(figsize=(width, width * 0.42), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _draw_image(left, page.open_image(), 900)
+    _draw_box(left, image.view.box, COLOURS[1], "")
+    left.set_title(f"{page.id}: {page.size.width} × {page.size.height} raw px", fontsize=9)
+    shown = image.view.shown
+    _draw_image(right, image.render(corpus), 900)
+    right.set_title(f"shown at {shown.width} × {shown.height} px, {shown.tokens} vision tokens", fontsize=9)
+    for ax in (left, right):
+        ax.set_xticks([])
+        ax.set_yticks([])
+    return figure
+
+
+def boxes_figure(page: Page, boxes: Mapping[str, Box], width: float = 7.0) -> Figure:
+    """Named boxes (raw pixels) drawn on their page."""
+    figure = Figure(figsize=(width, width * page.size.height / page.size.width), layout="constrained")
+    ax = figure.subplots()
+    ax.axis("off")
+    _draw_image(ax, page.open_image(), 1200)
+    for (name, box), colour in zip(boxes.items(), _cycle(COLOURS), strict=False):
+        _draw_box(ax, box, colour, name)
+    return figure
+
+
+def score_mixture_figure(scores: Sequence[float], kept: int, title: str = "") -> Figure:
+    """The scores of a ranking with the two Gaussians that ViDoRAG fits to them; `kept` pages pass (ViDoRAG §4.1)."""
+    from sklearn.mixture import GaussianMixture
+
+    values = np.asarray(scores, dtype=float)  # (n,)
+    if len(values) < 2:
+        raise ValueError("a mixture of two needs at least two scores")
+    mixture = GaussianMixture(2, random_state=0).fit(values[:, None])
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.bar(np.arange(1, len(values) + 1), values, color=[COLOURS[0]] * kept + ["#cbd5e0"] * (len(values) - kept))
+    spread = values.max() - values.min() or 1.0
+    left.set_ylim(values.min() - 0.1 * spread, values.max() + 0.1 * spread)
+    left.set(xlabel="rank", ylabel="score", title=f"{kept} of {len(values)} pages kept")
+    grid = np.linspace(values.min() - 0.2 * spread, values.max() + 0.2 * spread, 300)
+    right.hist(values, bins=min(20, len(values)), density=True, color="#e2e8f0")
+    for i in np.argsort(-mixture.means_[:, 0]):
+        mean, variance = mixture.means_[i, 0], mixture.covariances_[i, 0, 0]
+        density = mixture.weights_[i] * np.exp(-((grid - mean) ** 2) / (2 * variance)) / np.sqrt(2 * np.pi * variance)
+        right.plot(grid, density, label=f"mean {mean:.3g}, weight {mixture.weights_[i]:.2f}")
+    right.set(xlabel="score", ylabel="density", title=title or "two components")
+    right.legend(fontsize=8)
+    return figure
+
+
+def interval_bars(
+    table: pd.DataFrame, label: str, metrics: Sequence[str], ylabel: str = "%", low: str = "_low", high: str = "_high"
+) -> Figure:
+    """Grouped bars with error bars: one group per row (named by column `label`), one bar per metric; the columns
+    `metric + low` and `metric + high` hold the interval."""
+    figure = Figure(figsize=(max(6, 1.5 * len(table)), 3.8), layout="constrained")
+    ax = figure.subplots()
+    width = 0.8 / len(metrics)
+    for i, metric in enumerate(metrics):
+        middle = table[metric].to_numpy(float)
+        errors = np.clip([middle - table[metric + low], table[metric + high] - middle], 0, None)
+        places = np.arange(len(table)) + (i - (len(metrics) - 1) / 2) * width
+        ax.bar(places, middle, width, yerr=errors, capsize=2, label=metric, color=COLOURS[i % len(COLOURS)])
+    ax.set_xticks(np.arange(len(table)), [str(v).replace("+", "+\n") for v in table[label]], fontsize=8)
+    ax.set_ylabel(ylabel)
+    ax.legend(fontsize=8, ncols=len(metrics), loc="upper left")
+    ax.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def save_figure(figure: Figure, path: str | Path) -> Path:
+    """Write a figure as PNG at a size fit for a page."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def _cycle(values: Sequence[str]):
+    while True:
+        yield from values
+
+
+def _draw_image(ax, image, most: int) -> None:
+    """Draw an image in its own pixel frame; at most `most` pixels a side are kept in the figure."""
+    width, height = image.size
+    small = image.convert("RGB")
+    small.thumbnail((most, most))
+    ax.imshow(np.asarray(small), extent=(0, width, height, 0), interpolation="antialiased")
+
+
+def _draw_box(ax, box: Box, colour: str, name: str) -> None:
+    ax.add_patch(Rectangle((box.x1, box.y1), box.width, box.height, fill=False, edgecolor=colour, linewidth=2))
+    if name:
+        ax.text(box.x1, box.y1, name, color="white", backgroundcolor=colour, fontsize=7, va="bottom")
