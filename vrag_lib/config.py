@@ -90,6 +90,7 @@ class Config:
     preset: str = _doc("laptop", "name of the preset this started from")
     seed: int = _doc(0, "seed of everything random")
     results: str = _doc("results", "folder that results/<preset>/<stage>/ is written in")
+    smoke: bool = _doc(False, "shrink every run to seconds: for tests of the pipeline, not for results")
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)

@@ -27,8 +27,12 @@ class NotebookError(RuntimeError):
 
 
 def start(stage: str) -> Config:
-    """The config of this notebook run, its snapshot written to the stage's results folder."""
+    """The config of this notebook run, its snapshot written to the stage's results folder. Figures appear inline."""
+    from IPython import get_ipython
+
     os.chdir(repository())
+    if (shell := get_ipython()) is not None:
+        shell.run_line_magic("matplotlib", "inline")
     overrides = shlex.split(os.environ.get("VRAG_OVERRIDES", ""))
     config = load_config(os.environ.get("VRAG_PRESET", "laptop"), overrides)
     save_config(config, config.folder(stage))
