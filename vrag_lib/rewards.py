@@ -1,0 +1,84 @@
+"""Rewards as pure functions of the trajectory record (paper §2.3, eq. 7-12).
+
+    r = α · retrieval + β · answer + γ · pattern
+
+Deviations: scores are read from the structure of the record, never from decoded text, so nothing an observation says
+can earn one (trap T3); pages are compared by id (T14). The paper gives no α and β; the recipe `paper` takes the weights
+that the released code holds as a comment. The released code's gate (no reward at all without a search *and* an answer)
+is the recipe `released_code`, and is not applied otherwise (T4).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from vrag_lib.actions import ActionKind
+from vrag_lib.judge import Judge, rule_judge
+from vrag_lib.trajectory import Trajectory
+
+
+@dataclass(frozen=True)
+class RewardRecipe:
+    """Weights α, β, γ and whether a trajectory without the pattern earns nothing."""
+
+    retrieval: float
+    answer: float
+    pattern: float
+    gate: bool = False
+
+
+RECIPES = {
+    "paper": RewardRecipe(retrieval=0.2, answer=0.8, pattern=0.0),
+    "paper_cold_start": RewardRecipe(retrieval=0.2, answer=0.7, pattern=0.1),
+    "released_code": RewardRecipe(retrieval=0.2, answer=0.7, pattern=0.1, gate=True),
+}
+
+
+def ndcg(shown: Sequence[str], gold: Collection[str]) -> float:
+    """nDCG of the pages in the order they were shown (eq. 7-9), in [0, 1]; 0 when no page is gold.
+
+    A gold page counts once, at its first place. Pages after the last gold one cost nothing; with more gold pages than
+    searches 1 cannot be reached.
+
+    >>> ndcg(["a", "b"], ["a"]), round(ndcg(["x", "a"], ["a"]), 3), round(ndcg(["a"], ["a", "b"]), 3)
+    (1.0, 0.631, 0.613)
+    """
+    wanted = set(gold)
+    if not wanted:
+        return 0.0
+    ideal = sum(1 / math.log2(i + 2) for i in range(len(wanted)))
+    gained = 0.0
+    for i, page_id in enumerate(shown):
+        if page_id in wanted:
+            wanted.discard(page_id)
+            gained += 1 / math.log2(i + 2)
+    return gained / ideal
+
+
+def retrieval_reward(trajectory: Trajectory) -> float:
+    """nDCG over the pages that searches showed; crops are not pages."""
+    return ndcg(trajectory.shown_pages, trajectory.gold_page_ids)
+
+
+def answer_reward(trajectory: Trajectory, judge: Judge = rule_judge) -> float:
+    """1 if the trajectory answered and the judge accepts it, else 0. Without an answer the judge is not asked."""
+    if trajectory.answer is None:
+        return 0.0
+    return float(judge(trajectory.question, trajectory.reference_answer, trajectory.answer))
+
+
+def pattern_reward(trajectory: Trajectory) -> float:
+    """1 if the trajectory searched at least once and ended with an answer, else 0 (the released code's rule)."""
+    return float(trajectory.answer is not None and trajectory.count(ActionKind.SEARCH) > 0)
+
+
+def score(trajectory: Trajectory, recipe: RewardRecipe = RECIPES["paper"], judge: Judge = rule_judge) -> Trajectory:
+    """The trajectory with its named rewards, each as (score, weight); a closed gate sets every weight to 0."""
+    pattern = pattern_reward(trajectory)
+    is_open = not recipe.gate or pattern > 0
+    weights = (recipe.retrieval, recipe.answer, recipe.pattern) if is_open else (0.0, 0.0, 0.0)
+    scores = (retrieval_reward(trajectory), answer_reward(trajectory, judge), pattern)
+    names = ("retrieval", "answer", "pattern")
+    return trajectory.with_rewards({n: (s, w) for n, s, w in zip(names, scores, weights, strict=True)})
