@@ -11,25 +11,23 @@ import hashlib
 import logging
 import os
 import re
-import unicodedata
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import count
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 
 from vrag_lib.config import cache_dir as default_cache_dir
+from vrag_lib.document_files import CorpusError, Problem, document_ids, document_stem, find_documents
 from vrag_lib.geometry import Box, Size
-from vrag_lib.parallel import run_tasks
+from vrag_lib.parallel import WorkerCrash, run_tasks
 from vrag_lib.rendering import (
-    CHUNK_PAGES,
-    IMAGE_SUFFIXES,
-    PDF_SUFFIXES,
     RenderSettings,
+    UnreadableError,
     chunk_file,
+    chunk_of,
     chunks,
     inspect_file,
     read_json,
@@ -37,21 +35,6 @@ from vrag_lib.rendering import (
 )
 
 logger = logging.getLogger(__name__)
-
-
-class CorpusError(ValueError):
-    """Input from which no corpus can be made, or a page that a corpus does not hold; the message says the remedy."""
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A document, page or item that was left out, and why."""
-
-    path: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.path}: {self.reason}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,12 +85,17 @@ class Page:
 
 @dataclass(frozen=True)
 class Document:
-    """A file with its pages; `sha256` is of the file's content, `id` the file's name without its last suffix."""
+    """A file with its pages. `id` is the file's name without suffix, `sha256` that of the file's content.
+
+    `settings` tells how its pages were rendered. A document made of page images (`page_pattern`) has their folder as
+    its path and a sha256 over theirs.
+    """
 
     id: str
     path: Path
     sha256: str
     pages: tuple[Page, ...]
+    settings: str = ""
 
 
 @dataclass(frozen=True)
@@ -136,47 +124,43 @@ class Question:
 class Corpus:
     """Documents and their pages, sorted by document id, then page number; immutable.
 
-    `problems` names what was left out and why. `fingerprint` is a sha256 over the documents' ids, contents and render
-    settings: equal corpora have equal fingerprints on every machine.
+    `problems` names what was left out and why. `fingerprint` is equal for equal corpora on every machine.
     """
 
-    def __init__(self, documents: Iterable[Document], problems: Iterable[Problem] = (), settings_tag: str = "") -> None:
+    def __init__(self, documents: Iterable[Document], problems: Iterable[Problem] = ()) -> None:
         self.documents = tuple(sorted(documents, key=lambda document: document.id))
         self.problems = tuple(problems)
-        self.settings_tag = settings_tag
         self.pages = tuple(page for document in self.documents for page in document.pages)
         self.page_ids = tuple(page.id for page in self.pages)
         self._by_id = {page.id: page for page in self.pages}
         if len(self._by_id) != len(self.pages):
             twice = next(page.id for page in self.pages if self._by_id[page.id] is not page)
-            raise CorpusError(f"two pages are called {twice!r}; rename one of the documents")
+            raise CorpusError(f"two pages have the id {twice!r}; rename one of the documents")
 
     def __len__(self) -> int:
         return len(self.pages)
 
-    def __repr__(self) -> str:
-        return f"Corpus({len(self.documents)} documents, {len(self.pages)} pages, {len(self.problems)} problems)"
-
     def __contains__(self, page_id: object) -> bool:
         return page_id in self._by_id
+
+    def __repr__(self) -> str:
+        return f"Corpus({len(self.documents)} documents, {len(self.pages)} pages, {len(self.problems)} problems)"
 
     def page(self, page_id: str) -> Page:
         """The page of that id; CorpusError naming it when there is none."""
         try:
             return self._by_id[page_id]
         except KeyError:
+            example = f", such as {self.page_ids[0]!r}" if self.page_ids else ""
             raise CorpusError(
-                f"no page {page_id!r} among the {len(self.pages)} pages of this corpus (ids are document_number, "
-                f"such as {self.page_ids[0]!r})"
+                f"no page {page_id!r} among the {len(self)} pages of this corpus; ids are document_number{example}"
             ) from None
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
-        """sha256 (hex) over document ids, file contents and render settings; text lines do not enter."""
-        digest = hashlib.sha256(self.settings_tag.encode())
-        for document in self.documents:
-            digest.update(f"\n{document.id}\t{document.sha256}".encode())
-        return digest.hexdigest()
+        """sha256 (hex) over the documents' ids, contents and render settings; text lines do not enter."""
+        lines = [f"{document.id}\t{document.sha256}\t{document.settings}\n" for document in self.documents]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def with_pages(self, pages: Iterable[Page]) -> Corpus:
         """The same corpus with the given pages in place of those of the same ids (OCR adds lines this way)."""
@@ -185,7 +169,35 @@ class Corpus:
             replace(document, pages=tuple(new.get(page.id, page) for page in document.pages))
             for document in self.documents
         ]
-        return Corpus(documents, self.problems, self.settings_tag)
+        return Corpus(documents, self.problems)
+
+    def with_prefix(self, prefix: str) -> Corpus:
+        """The same corpus with `prefix` before every document id; for merging corpora whose ids clash."""
+        documents = []
+        for document in self.documents:
+            name = prefix + document.id
+            pages = tuple(replace(page, id=f"{name}_{page.number}", document_id=name) for page in document.pages)
+            documents.append(replace(document, id=name, pages=pages))
+        return Corpus(documents, self.problems)
+
+    @classmethod
+    def merge(cls, corpora: Iterable[Corpus]) -> Corpus:
+        """One corpus of all documents, as the paper evaluates; a document that several hold is taken from the first.
+
+        Raises CorpusError naming a document id that stands for different contents.
+        """
+        documents: dict[str, Document] = {}
+        problems: list[Problem] = []
+        for corpus in corpora:
+            problems += corpus.problems
+            for document in corpus.documents:
+                first = documents.setdefault(document.id, document)
+                if first.sha256 != document.sha256:
+                    raise CorpusError(
+                        f"the id {document.id!r} stands for {first.path} and for {document.path}, whose contents "
+                        "differ; tell the corpora apart with load_dataset(..., prefix=...) or Corpus.with_prefix"
+                    )
+        return cls(documents.values(), problems)
 
     @classmethod
     def from_folder(
@@ -194,166 +206,156 @@ class Corpus:
         cache_dir: str | Path | None = None,
         dpi: int = 150,
         workers: int = 2,
-        settings: RenderSettings | None = None,
+        page_pattern: str | None = None,
     ) -> Corpus:
         """Render every PDF and image below a folder (or one file) and read its text layer.
 
         Rendered pages are cached by content under `cache_dir` (default: `config.cache_dir()`), so a second call, or
         one after a kill, does only what is missing. Documents and pages that cannot be read are left out and named in
-        `problems`. A file of the same content as another is left out too; files of one name and different content
-        get their folders' names in front (`a/report.pdf` → `a_report`).
+        `problems`, and so is a document of the same content as another. Files of one name but different content get
+        their folders' names in front (`a/report.pdf` becomes `a_report`).
+
+        `page_pattern` is for documents kept as one image per page: a regular expression for the ends of such file
+        names, with a group `number` and, unless the folder's name is the document's, a group `document`.
 
         Raises CorpusError when the path does not exist, holds no document, or none of them could be read.
         """
-        settings = settings or RenderSettings(dpi=dpi)
+        if page_pattern is not None and "number" not in re.compile(page_pattern).groupindex:
+            raise CorpusError(f"page_pattern {page_pattern!r} needs a group (?P<number>...) for the page's number")
         root = Path(path)
         cache = Path(cache_dir) if cache_dir is not None else default_cache_dir()
-        files = find_documents(root)
+        settings = RenderSettings(dpi=dpi)
         problems: list[Problem] = []
-        found = _without_duplicates(_inspect(files, workers, problems), problems)
-        ids = document_ids([file for file, _, _ in found], root)
-        folders = {sha256: cache / "pages" / f"{sha256}-{settings.tag}" for _, sha256, _ in found}
-        _render_missing(found, folders, settings, workers, problems)
+        sources = _inspect(find_documents(root, problems), workers, problems)
+        folders = {source.sha256: cache / "pages" / f"{source.sha256}-{settings.tag}" for source in sources}
+        _render_missing(sources, folders, settings, workers, problems)
+        groups = _without_duplicates(_grouped(sources, page_pattern, problems), problems)
+        ids = document_ids(list(groups), root)
         documents = []
-        for file, sha256, page_count in found:
-            pages, errors = _load_pages(ids[file], folders[sha256], page_count)
-            problems += [Problem(str(file), error) for error in errors]
+        for name, members in groups.items():
+            pages = _load_pages(ids[name], members, folders, problems)
             if pages:
-                documents.append(Document(ids[file], file, sha256, pages))
+                documents.append(Document(ids[name], name, _digest(members), pages, settings.tag))
         for problem in problems:
             logger.warning("left out: %s", problem)
         if not documents:
             reasons = "; ".join(str(problem) for problem in problems[:5])
-            raise CorpusError(f"none of the {len(files)} documents in {root} could be read: {reasons}")
-        return cls(documents, problems, settings.tag)
+            raise CorpusError(f"none of the documents in {root} could be read: {reasons}")
+        return cls(documents, problems)
 
 
-def document_stem(file_name: str) -> str:
-    """The document id of a file name: without folders and document suffix, other dots kept, safe as a file name.
+class _Source(NamedTuple):
+    """A readable file."""
 
-    >>> document_stem("2023.acl-long.386.pdf"), document_stem("deck.v2_95"), document_stem("a/b.PDF")
-    ('2023.acl-long.386', 'deck.v2_95', 'b')
-    """
-    name = re.split(r"[/\\\\]", unicodedata.normalize("NFC", file_name))[-1]
-    if name.lower().endswith(PDF_SUFFIXES + IMAGE_SUFFIXES):
-        name = name[: name.rindex(".")]
-    return re.sub(r'[\x00-\x1f\x7f<>:"|?*]', "_", name)
+    path: Path
+    sha256: str
+    page_count: int
 
 
-def find_documents(root: Path) -> list[Path]:
-    """Every PDF and image file below `root` (or `root` itself), sorted by path; hidden files and folders are left out.
+class _Member(NamedTuple):
+    """A page of a document: its number there, and the file and page of the file that it comes from."""
 
-    Raises CorpusError when `root` does not exist or holds none.
-    """
-    suffixes = PDF_SUFFIXES + IMAGE_SUFFIXES
-    if not root.exists():
-        raise CorpusError(f"{root} does not exist; give a folder of PDFs or images, or one such file")
-    if not root.is_dir():
-        if not root.name.lower().endswith(suffixes):
-            raise CorpusError(f"{root} is not a document; it must end in one of {', '.join(suffixes)}")
-        return [root]
-    files = []
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        found = [name for name in names + subfolders if name.lower().endswith(suffixes) and not name.startswith(".")]
-        files += [Path(folder) / name for name in found]
-    if not files:
-        raise CorpusError(f"{root} holds no document; put PDFs or images ({', '.join(suffixes)}) in it")
-    return sorted(files)
+    number: int
+    source: _Source
+    source_page: int
 
 
-def document_ids(files: Sequence[Path], root: Path) -> dict[Path, str]:
-    """An id per file: its stem where that is unique, else its path below `root` joined by `_`, else that with its
-    suffix and, last, with a number in path order.
-
-    >>> ids = document_ids([Path("r/a/x.pdf"), Path("r/b/x.pdf"), Path("r/b/x.png"), Path("r/y.pdf")], Path("r"))
-    >>> list(ids.values())
-    ['a_x', 'b_x_pdf', 'b_x_png', 'y']
-    """
-
-    def below(file: Path) -> str:
-        parts = file.relative_to(root).parts if file != root else (file.name,)
-        return "_".join([*parts[:-1], document_stem(file.name)])
-
-    rules = [
-        lambda file: document_stem(file.name),
-        below,
-        lambda file: f"{below(file)}_{file.suffix[1:]}",
-    ]
-    ids: dict[Path, str] = {}
-    left = list(files)
-    for rule in rules:
-        names = Counter(rule(file) for file in left)
-        clear = [file for file in left if names[rule(file)] == 1 and rule(file) not in ids.values()]
-        ids.update({file: rule(file) for file in clear})
-        left = [file for file in left if file not in ids]
-    for file in left:
-        number = next(n for n in count(1) if f"{rules[-1](file)}_{n}" not in ids.values())
-        ids[file] = f"{rules[-1](file)}_{number}"
-    return {file: ids[file] for file in files}
-
-
-def _inspect(files: Sequence[Path], workers: int, problems: list[Problem]) -> list[tuple[Path, str, int]]:
-    """`(file, sha256, page count)` of the readable files, in the order given."""
+def _inspect(files: Sequence[Path], workers: int, problems: list[Problem]) -> list[_Source]:
+    """The readable files, in the order given."""
     results = dict(run_tasks(inspect_file, [(str(file),) for file in files], workers, "reading documents", "file"))
-    found = []
     for index, file in enumerate(files):
         if isinstance(results[index], Exception):
-            problems.append(Problem(str(file), str(results[index])))
-        else:
-            found.append((file, *results[index]))
-    return found
-
-
-def _without_duplicates(found: list[tuple[Path, str, int]], problems: list[Problem]) -> list[tuple[Path, str, int]]:
-    first: dict[str, Path] = {}
-    for file, sha256, _ in found:
-        if first.setdefault(sha256, file) != file:
-            problems.append(Problem(str(file), f"same content as {first[sha256]}; kept once"))
-    return [entry for entry in found if first[entry[1]] == entry[0]]
+            problems.append(Problem(str(file), _reason(results[index])))
+    return [_Source(file, *results[i]) for i, file in enumerate(files) if not isinstance(results[i], Exception)]
 
 
 def _render_missing(
-    found: list[tuple[Path, str, int]],
+    sources: Sequence[_Source],
     folders: dict[str, Path],
     settings: RenderSettings,
     workers: int,
     problems: list[Problem],
 ) -> None:
-    tasks = []
-    for file, sha256, page_count in found:
-        folder = folders[sha256]
+    tasks = {}
+    for source in sources:
+        folder = folders[source.sha256]
         folder.mkdir(parents=True, exist_ok=True)
         present = set(os.listdir(folder))
-        for first, last in chunks(page_count):
+        for first, last in chunks(source.page_count):
             records = read_json(chunk_file(folder, first))
             if records is None or any("size" in r and f"{n}.jpg" not in present for n, r in records.items()):
-                tasks.append((str(file), str(folder), first, last, settings))
-    for index, result in run_tasks(render_chunk, tasks, workers, "rendering pages", f"x{CHUNK_PAGES} pages"):
+                tasks[folder, first] = (str(source.path), str(folder), first, last, settings)
+    todo = list(tasks.values())
+    sizes = [last - first + 1 for _, _, first, last, _ in todo]
+    for index, result in run_tasks(render_chunk, todo, workers, "rendering pages", "page", sizes):
         if isinstance(result, Exception):
-            file, _, first, last, _ = tasks[index]
-            problems.append(Problem(file, f"pages {first}-{last}: {result}"))
+            path, _, first, last, _ = todo[index]
+            problems.append(Problem(path, f"pages {first}-{last}: {_reason(result)}"))
 
 
-def _load_pages(document_id: str, folder: Path, page_count: int) -> tuple[tuple[Page, ...], list[str]]:
-    """The pages that the cache holds, and the reasons of those that could not be rendered."""
-    pages, errors = [], []
-    for first, _ in chunks(page_count):
-        for name, record in (read_json(chunk_file(folder, first)) or {}).items():
-            if "error" in record:
-                errors.append(record["error"])
-                continue
-            lines = tuple(TextLine(text, Box(*box)) for text, *box in record["lines"])
-            source = "layer" if lines else "none"
-            pages.append(
-                Page(
-                    f"{document_id}_{name}",
-                    document_id,
-                    int(name),
-                    folder / f"{name}.jpg",
-                    Size(*record["size"]),
-                    lines,
-                    source,
-                )
-            )
-    return tuple(pages), errors
+def _grouped(
+    sources: Iterable[_Source], page_pattern: str | None, problems: list[Problem]
+) -> dict[Path, list[_Member]]:
+    """The pages of each document, by the path that names it: a file's own, or that of a set of page images."""
+    groups: dict[Path, list[_Member]] = {}
+    pattern = re.compile(f"(?:{page_pattern})$") if page_pattern else None
+    for source in sources:
+        match = pattern.search(source.path.name) if pattern and source.path.suffix.lower() != ".pdf" else None
+        if not match:
+            groups[source.path] = [_Member(number, source, number) for number in range(1, source.page_count + 1)]
+            continue
+        folder = source.path.parent
+        members = groups.setdefault(folder / match["document"] if "document" in pattern.groupindex else folder, [])
+        member = _Member(int(match["number"]), source, 1)
+        same = next((other for other in members if other.number == member.number), None)
+        if same:
+            problems.append(Problem(str(source.path), f"its page, {member.number}, is {same.source.path} already"))
+        else:
+            members.append(member)
+    return {path: sorted(members) for path, members in groups.items()}
+
+
+def _digest(members: Sequence[_Member]) -> str:
+    """The sha256 of a document's content: its file's, or one over its page images'."""
+    if len({member.source.path for member in members}) == 1:
+        return members[0].source.sha256
+    text = "".join(f"{member.number} {member.source.sha256}\n" for member in members)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _without_duplicates(groups: dict[Path, list[_Member]], problems: list[Problem]) -> dict[Path, list[_Member]]:
+    first: dict[str, Path] = {}
+    for path, members in groups.items():
+        original = first.setdefault(_digest(members), path)
+        if original != path:
+            problems.append(Problem(str(path), f"same content as {original}, which is kept"))
+    kept = set(first.values())
+    return {path: members for path, members in groups.items() if path in kept}
+
+
+def _load_pages(
+    document_id: str, members: Sequence[_Member], folders: dict[str, Path], problems: list[Problem]
+) -> tuple[Page, ...]:
+    """The pages that the cache holds; those that could not be rendered are added to `problems`."""
+    pages = []
+    records: dict[Path, dict[str, Any]] = {}  # of the chunk read last
+    for number, source, source_page in members:
+        folder = folders[source.sha256]
+        chunk = chunk_file(folder, chunk_of(source_page))
+        if chunk not in records:
+            records = {chunk: read_json(chunk) or {}}
+        record = records[chunk].get(str(source_page))
+        if record is None:  # its whole chunk failed and was named then
+            continue
+        if "error" in record:
+            problems.append(Problem(str(source.path), record["error"]))
+            continue
+        lines = tuple(TextLine(text, Box(*box)) for text, *box in record["lines"])
+        image, size = folder / f"{source_page}.jpg", Size(*record["size"])
+        page_id, text_source = f"{document_id}_{number}", "layer" if lines else "none"
+        pages.append(Page(page_id, document_id, number, image, size, lines, text_source))
+    return tuple(pages)
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, UnreadableError | WorkerCrash) else f"{type(error).__name__}: {error}"

@@ -76,11 +76,11 @@ def ocr_pages(
         logger.warning("left without OCR: %s", problem)
     read = [_with_lines(page, read_json(files[page.id]) or []) for page in wanted if page.id in files]
     result = corpus.with_pages(read)
-    return Corpus(result.documents, (*corpus.problems, *problems), corpus.settings_tag)
+    return Corpus(result.documents, (*corpus.problems, *problems))
 
 
 def read_page(image_path: str, painted: Sequence[tuple[float, ...]], result_file: str) -> None:
-    """Read one page image outside the `painted` boxes (raw page px) and write `[text, x1, y1, x2, y2]` lines as JSON."""
+    """Read a page image outside the `painted` boxes (raw page px); write `[text, x1, y1, x2, y2]` lines as JSON."""
     with Image.open(image_path) as image:
         pixels = np.asarray(image.convert("RGB"))[:, :, ::-1].copy()  # (H, W, 3), BGR as OpenCV has it
     _paint_over(pixels, painted)

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pypdfium2 as pdfium
 from PIL import Image, ImageOps
 
@@ -82,10 +83,13 @@ def inspect_file(path: str) -> tuple[str, int]:
     except OSError as error:
         raise UnreadableError(f"cannot be read: {error.strerror or error}") from error
     with _opened(path) as document:
-        count = len(document) if isinstance(document, pdfium.PdfDocument) else getattr(document, "n_frames", 1)
-    if count == 0:
+        if isinstance(document, pdfium.PdfDocument):
+            page_count = len(document)
+        else:  # frames of other formats are animations or previews, not pages
+            page_count = document.n_frames if document.format == "TIFF" else 1
+    if page_count == 0:
         raise UnreadableError("the document has no pages")
-    return sha256, count
+    return sha256, page_count
 
 
 def render_chunk(path: str, folder: str, first: int, last: int, settings: RenderSettings) -> None:
@@ -115,6 +119,15 @@ def chunks(page_count: int) -> list[tuple[int, int]]:
     [(1, 32), (33, 40)]
     """
     return [(first, min(first + CHUNK_PAGES - 1, page_count)) for first in range(1, page_count + 1, CHUNK_PAGES)]
+
+
+def chunk_of(number: int) -> int:
+    """The first page of the chunk that page `number` belongs to.
+
+    >>> chunk_of(1), chunk_of(32), chunk_of(33)
+    (1, 1, 33)
+    """
+    return (number - 1) // CHUNK_PAGES * CHUNK_PAGES + 1
 
 
 def chunk_file(folder: str | Path, first: int) -> Path:
@@ -195,8 +208,8 @@ def _render_frame(document: Image.Image, number: int, settings: RenderSettings) 
         rgba = image.convert("RGBA")
         image = Image.new("RGBA", rgba.size, "white")
         image.alpha_composite(rgba)
-    elif image.mode.startswith("I;16"):  # 16-bit grey: PIL's conversion would clip instead of scale
-        image = image.point(lambda value: value / 257).convert("L")
+    elif image.mode.startswith("I"):  # 16-bit grey, which PIL's conversion would clip instead of scale
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     image = image.convert("RGB")
     image.thumbnail((settings.max_side, settings.max_side), Image.Resampling.LANCZOS)
     return image

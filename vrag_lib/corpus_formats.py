@@ -1,0 +1,309 @@
+"""Readers and writers of benchmark questions: the unified item format, ViDoSeek, SlideVQA and MMLongBench-Doc.
+
+Every reader gives `Question`s whose `reference_pages` are 1-based and whose `file_name` keeps its dots, so that
+`gold_page_ids` meet the corpus's page ids. An item that lacks what a question needs is left out and named as a
+`Problem` (file, item and field); a file that is no such format at all raises `CorpusError`. A reference page 0 is
+kept, so that counts stay those of the benchmark (MMLongBench-Doc has such slips); `check_gold` names it.
+
+The formats (spec 1.7, 2.4; the public repositories of SlideVQA and MMLongBench-Doc):
+
+* `unified` and `vidoseek`: `{"examples": [{uid, query, reference_answer, meta_info: {file_name, reference_page,
+  source_type, query_type, ...}}]}`; the refined SlideVQA test file has this form too.
+* `slidevqa`: the original annotation, one JSON object a line: qa_id, deck_name, question, answer, evidence_pages,
+  reasoning_type, answer_type, arithmetic_expression, and the deck's URLs.
+* `mmlongbench_doc`: a JSON list of doc_id, doc_type, question, answer, evidence_pages, evidence_sources,
+  answer_format; the two evidence fields are strings that hold Python lists.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import logging
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from vrag_lib.corpus import Corpus, Question
+from vrag_lib.document_files import CorpusError, Problem
+from vrag_lib.rendering import write_atomically
+
+logger = logging.getLogger(__name__)
+
+SLIDEVQA_PAGE_IMAGE = r"-(?P<number>\d+)-\d+\.jpe?g"
+"""SlideVQA keeps a deck as a folder of images whose names end in the slide's number and the image's width."""
+
+NUMBERED_PAGE_IMAGE = r"(?P<document>.+)_(?P<number>\d+)\.(?:jpe?g|png)"
+"""The paper's code keeps pages as `{pdf stem}_{1-based page}.jpg` in one folder."""
+
+_FORMS = {
+    "unified": ("unified",),
+    "vidoseek": ("unified",),
+    "slidevqa": ("unified", "slidevqa"),
+    "mmlongbench_doc": ("mmlongbench_doc",),
+}
+_QUESTION_FILES = {
+    "unified": ("rag_dataset.json", "questions.json"),
+    "vidoseek": ("vidoseek.json", "rag_dataset.json"),
+    "slidevqa": ("slidevqa_refined.json", "annotations/qa/test.jsonl", "test.jsonl"),
+    "mmlongbench_doc": ("samples.json", "data/samples.json"),
+}
+_DOCUMENT_FOLDERS = ("{name}_pdf_document", "documents", "pdf", "pdfs", "images", "img")
+_NOT_ANSWERABLE = "Not answerable"
+_META_FIELDS = ("file_name", "reference_page", "source_type", "query_type")
+
+
+class _ItemError(ValueError):
+    """What is wrong with one item."""
+
+
+def load_questions(
+    path: str | Path, format: str = "auto", problems: list[Problem] | None = None
+) -> tuple[Question, ...]:
+    """The questions of a file, or of the one question file that a folder holds.
+
+    `format` is `unified`, `vidoseek`, `slidevqa`, `mmlongbench_doc`, or `auto`, which goes by the content. Items that
+    cannot be used are left out, logged, and added to `problems`.
+
+    Raises CorpusError when there is no such file, it is not of the format, or no item in it can be used.
+    """
+    if format != "auto" and format not in _FORMS:
+        raise CorpusError(f"format {format!r} is not one of auto, {', '.join(_FORMS)}")
+    file = _question_file(Path(path), format)
+    found: list[Problem] = []
+    items = _read_items(file, found)
+    form = _form_of(items, file)
+    if format != "auto" and form not in _FORMS[format]:
+        raise CorpusError(f"{file} is in the {form} format, not in {format}; pass format={form!r} or 'auto'")
+    questions: dict[str, Question] = {}
+    for index, item in enumerate(items):
+        try:
+            question = _READERS[form](item, questions)
+            if question.uid in questions:
+                raise _ItemError(f"field uid: {question.uid!r} was used before")
+            questions[question.uid] = question
+        except _ItemError as error:
+            found.append(Problem(str(file), f"item {index}: {error}"))
+    for problem in found:
+        logger.warning("left out: %s", problem)
+    if problems is not None:
+        problems += found
+    if not questions:
+        raise CorpusError(f"{file} holds no usable question" + (f"; the first: {found[0].reason}" if found else ""))
+    return tuple(questions.values())
+
+
+def write_unified(questions: Iterable[Question], path: str | Path) -> None:
+    """Write questions in the unified item format, replacing the file in one step; `extra` goes into `meta_info`."""
+    examples = [
+        {
+            "uid": question.uid,
+            "query": question.query,
+            "reference_answer": question.reference_answer,
+            "meta_info": {
+                **question.extra,
+                "file_name": question.file_name,
+                "reference_page": list(question.reference_pages),
+                "source_type": question.source_type,
+                "query_type": question.query_type,
+            },
+        }
+        for question in questions
+    ]
+    text = json.dumps({"examples": examples}, ensure_ascii=False, indent=1)
+    write_atomically(Path(path), text.encode())
+
+
+def answerable(questions: Iterable[Question]) -> tuple[Question, ...]:
+    """The questions that have an answer and reference pages; of MMLongBench-Doc's 1,082 these are the paper's 847."""
+    return tuple(q for q in questions if q.reference_pages and q.reference_answer.strip() != _NOT_ANSWERABLE)
+
+
+def check_gold(corpus: Corpus, questions: Iterable[Question]) -> list[Problem]:
+    """Every reference page that the corpus does not hold, with what it holds instead; empty when all is well."""
+    counts = {document.id: len(document.pages) for document in corpus.documents}
+    problems = []
+    for question in questions:
+        for page_id in question.gold_page_ids:
+            if page_id in corpus:
+                continue
+            document_id, _, number = page_id.rpartition("_")
+            if number == "0":
+                reason = f"gold page {page_id!r}: pages are counted from 1, is the annotation counted from 0?"
+            elif document_id in counts:
+                reason = f"gold page {page_id!r} is not in the corpus, which has {counts[document_id]} pages of it"
+            else:
+                reason = f"gold page {page_id!r} is of a document that the corpus does not hold"
+            problems.append(Problem(question.uid, reason))
+    return problems
+
+
+def load_dataset(
+    name: str, path: str | Path, prefix: str = "", answerable_only: bool = True, **corpus_options: Any
+) -> tuple[Corpus, tuple[Question, ...]]:
+    """The pages and questions of a benchmark in a local folder: `unified`, `vidoseek`, `slidevqa` or `mmlongbench_doc`.
+
+    Documents are looked for in the folder's `{name}_pdf_document`, `documents`, `pdf`, `images` or `img`, else in the
+    folder itself; page images named as SlideVQA or the paper's code name them become the pages of one document.
+    `prefix` goes before document ids and file names, `corpus_options` to `Corpus.from_folder`. Gold pages that the
+    corpus lacks are logged (see `check_gold`). Raises CorpusError as `load_questions` and `Corpus.from_folder` do.
+    """
+    if name not in _FORMS:
+        raise CorpusError(f"dataset {name!r} is not one of {', '.join(_FORMS)}")
+    root = Path(path)
+    questions = load_questions(root, name)
+    if answerable_only:
+        questions = answerable(questions)
+    folders = [root / folder.format(name=name) for folder in _DOCUMENT_FOLDERS]
+    folder = next((folder for folder in folders if folder.is_dir()), root)
+    pattern = SLIDEVQA_PAGE_IMAGE if name == "slidevqa" and folder.name == "images" else NUMBERED_PAGE_IMAGE
+    corpus = Corpus.from_folder(folder, **{"page_pattern": pattern, **corpus_options})
+    if prefix:
+        corpus = corpus.with_prefix(prefix)
+        questions = tuple(replace(q, file_name=prefix + re.split(r"[/\\]", q.file_name)[-1]) for q in questions)
+    missing = check_gold(corpus, questions)
+    if missing:
+        logger.warning("%d gold pages are not in the corpus, the first: %s", len(missing), missing[0])
+    return corpus, questions
+
+
+def _question_file(path: Path, format: str) -> Path:
+    if not path.exists():
+        raise CorpusError(f"{path} does not exist; give a question file or the folder of one")
+    if path.is_file():
+        return path
+    names = [name for form in ([format] if format != "auto" else _QUESTION_FILES) for name in _QUESTION_FILES[form]]
+    found = [path / name for name in dict.fromkeys(names) if (path / name).is_file()]
+    if format != "auto":
+        found = found[:1]
+    found = found or sorted([*path.glob("*.json"), *path.glob("*.jsonl")])
+    if len(found) != 1:
+        what = "several question files: " + ", ".join(file.name for file in found) if found else "no question file"
+        raise CorpusError(f"{path} holds {what}; give the path of the one to read")
+    return found[0]
+
+
+def _read_items(file: Path, problems: list[Problem]) -> list[Any]:
+    """The items of a question file; a broken line of a .jsonl file is a problem, a broken .json file an error."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+        if file.suffix.lower() != ".jsonl":
+            content = json.loads(text)
+            items = content.get("examples") if isinstance(content, dict) else content
+            if not isinstance(items, list):
+                raise CorpusError(f"{file} is no question file: neither a list nor an object with a list 'examples'")
+            return items
+    except OSError as error:
+        raise CorpusError(f"{file} cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, CorpusError):
+            raise
+        raise CorpusError(f"{file} is not JSON in UTF-8: {error}") from error
+    items = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        try:
+            items += [json.loads(line)] if line.strip() else []
+        except (ValueError, RecursionError) as error:
+            problems.append(Problem(str(file), f"line {number} is not JSON: {error}"))
+    return items
+
+
+def _form_of(items: Sequence[Any], file: Path) -> str:
+    """The format whose own field most items carry."""
+    marks = {"unified": "query", "slidevqa": "deck_name", "mmlongbench_doc": "doc_id"}
+    counts = {form: sum(isinstance(i, dict) and mark in i for i in items) for form, mark in marks.items()}
+    form = max(counts, key=counts.__getitem__)
+    if not counts[form]:
+        raise CorpusError(f"{file} is in no known question format: no item has {', '.join(marks.values())}")
+    return form
+
+
+def _unified(item: Any, before: dict[str, Question]) -> Question:
+    meta = _object(item).get("meta_info", {})
+    if not isinstance(meta, dict):
+        raise _ItemError("field meta_info: not an object")
+    own = {key: value for key, value in item.items() if key not in ("uid", "query", "reference_answer", "meta_info")}
+    return Question(
+        uid=_text(item, "uid"),
+        query=_text(item, "query"),
+        reference_answer=_text(item, "reference_answer"),
+        file_name=_text(meta, "file_name"),
+        reference_pages=_pages(meta, "reference_page"),
+        source_type=_text(meta, "source_type", ""),
+        query_type=_text(meta, "query_type", ""),
+        extra={**own, **{key: value for key, value in meta.items() if key not in _META_FIELDS}},
+    )
+
+
+def _slidevqa(item: Any, before: dict[str, Question]) -> Question:
+    used = ("qa_id", "deck_name", "question", "answer", "evidence_pages", "reasoning_type")
+    return Question(
+        uid=_text(_object(item), "qa_id"),
+        query=_text(item, "question"),
+        reference_answer=_text(item, "answer"),
+        file_name=_text(item, "deck_name"),
+        reference_pages=_pages(item, "evidence_pages"),
+        query_type=_text(item, "reasoning_type", ""),
+        extra={key: value for key, value in item.items() if key not in used},
+    )
+
+
+def _mmlongbench_doc(item: Any, before: dict[str, Question]) -> Question:
+    file_name = _text(_object(item), "doc_id")
+    number = 1 + sum(question.file_name == file_name for question in before.values())
+    sources = _list(item, "evidence_sources")
+    used = ("doc_id", "question", "answer", "evidence_pages", "evidence_sources")
+    return Question(
+        uid=f"{file_name}#{number}",
+        query=_text(item, "question"),
+        reference_answer=_text(item, "answer"),
+        file_name=file_name,
+        reference_pages=_pages(item, "evidence_pages"),
+        source_type=", ".join(map(str, sources)),
+        query_type="",
+        extra={"evidence_sources": sources, **{key: value for key, value in item.items() if key not in used}},
+    )
+
+
+_READERS: dict[str, Callable[[Any, dict[str, Question]], Question]] = {
+    "unified": _unified,
+    "slidevqa": _slidevqa,
+    "mmlongbench_doc": _mmlongbench_doc,
+}
+
+
+def _object(item: Any) -> dict[str, Any]:
+    if not isinstance(item, dict):
+        raise _ItemError(f"not an object but {type(item).__name__}")
+    return item
+
+
+def _text(item: dict[str, Any], field: str, default: str | None = None) -> str:
+    value = item.get(field, default)
+    if value is None or value == "" != default:
+        raise _ItemError(f"field {field}: missing or empty")
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _list(item: dict[str, Any], field: str) -> list[Any]:
+    """A list, given as such or as a string that holds a Python list (read as a literal, never executed)."""
+    value = item.get(field, [])
+    if isinstance(value, str):
+        try:
+            value = ast.literal_eval(value) if value.strip() else []
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            raise _ItemError(f"field {field}: {value[:60]!r} is not a list") from None
+    value = [value] if isinstance(value, int) else value
+    if not isinstance(value, list | tuple):
+        raise _ItemError(f"field {field}: not a list but {type(value).__name__}")
+    return list(value)
+
+
+def _pages(item: dict[str, Any], field: str) -> tuple[int, ...]:
+    pages = _list(item, field)
+    bad = [page for page in pages if not isinstance(page, int) or isinstance(page, bool) or page < 0]
+    if bad:
+        raise _ItemError(f"field {field}: {bad[0]!r} is no page number")
+    return tuple(dict.fromkeys(pages))
