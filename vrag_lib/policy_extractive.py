@@ -7,7 +7,8 @@ with the question. It understands nothing: it cannot compare, count, add, read a
 question has no answer. It is deterministic, and speaks through the same tags as any model.
 
 It looks at the text of pages that were shown to it and at no others; of the rest of the corpus it knows only how
-common each word is.
+common each word is. It answers from the page shown last, never from an earlier one, so that the last image of a
+trajectory is what its answer stands on: a page that it leaves for another search is given up for good.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ from vrag_lib.policy import Conversation, Reply
 if TYPE_CHECKING:
     from vrag_lib.corpus import Corpus, Page
 
-GOOD_FIT = 0.6
+GOOD_FIT = 0.45
 """A page at least this good is answered from; below it, the policy searches on."""
 
 LEAST_FIT = 0.3
-"""Below it the best page seen shares so little with the question that `NOT_FOUND` is the answer."""
+"""When the searches are used up, a page below this shares so little with the question that nothing was found."""
 
 MAX_ANSWER_WORDS = 20
 NO_TEXT = "no readable text was found on the pages shown"
@@ -86,7 +87,7 @@ class Region:
 class ExtractivePolicy:
     """Answers from the text of shown pages (see the module's docstring for what it cannot do).
 
-    corpus: pages with text lines. max_searches: searches before it makes do with the best page seen.
+    corpus: pages with text lines. max_searches: searches before it makes do with the page it has.
     """
 
     def __init__(self, corpus: Corpus, max_searches: int = 3):
@@ -119,25 +120,25 @@ class ExtractivePolicy:
         searches = kinds.count(ActionKind.SEARCH)
         if not searches and not is_last:
             return format_reply("I need a page that answers this.", ActionKind.SEARCH, plain(question))
-        regions = [region for page_id in pages if (region := self.best_region(question, page_id))]
-        best = max(regions, key=lambda region: region.fit, default=None)
-        cropped = bool(kinds) and kinds[-1] is not ActionKind.SEARCH
-        if not is_last and not cropped:
-            if (best is None or best.fit < GOOD_FIT) and searches < self.max_searches:
+        region = self.best_region(question, pages[-1]) if pages else None
+        fit = region.fit if region is not None else 0.0
+        looked_closer = bool(kinds) and kinds[-1] is not ActionKind.SEARCH
+        if not is_last and not looked_closer:
+            if fit < GOOD_FIT and searches < self.max_searches:
                 thought = "This page does not hold enough of the question." if pages else "There is no page yet."
                 return format_reply(thought, ActionKind.SEARCH, self._other_words(question, pages, searches))
-            croppable = best is not None and best.fit >= LEAST_FIT and best.page_id == images[-1].page_id
-            if croppable and "<bbox>" in conversation[0].text:
-                box = shown_box(best.box, images[-1].view)
-                if box.area < 0.6 * images[-1].view.shown.width * images[-1].view.shown.height:
-                    thought = f"The best match is on page {best.page_id}; a closer look."
-                    return format_reply(plain(thought), ActionKind.CROP, format_box(box))
-        if best is None or best.fit < LEAST_FIT:
+            if region is not None and fit >= LEAST_FIT and "<bbox>" in conversation[0].text:
+                shown = images[-1].view.shown
+                box = shown_box(region.box, images[-1].view)
+                if box.area < 0.6 * shown.width * shown.height:
+                    thought = "This part holds most of the question's words; a closer look."
+                    return format_reply(thought, ActionKind.CROP, format_box(box))
+        if region is None or fit < LEAST_FIT:
             readable = any(self.corpus.page(page_id).lines for page_id in pages)
             thought = "No page I saw holds enough of the question."
             return format_reply(thought, ActionKind.ANSWER, NOT_FOUND if readable else NO_TEXT)
-        answer = plain(self.answer(question, best)) or NOT_FOUND
-        return format_reply(plain(f"Page {best.page_id} fits best."), ActionKind.ANSWER, answer)
+        answer = plain(self.answer(question, region)) or NOT_FOUND
+        return format_reply(plain(f"Page {region.page_id} fits the question."), ActionKind.ANSWER, answer)
 
     def _stems(self, text: str) -> list[tuple[str, int]]:
         """Stems of the words of a text and where each begins."""
