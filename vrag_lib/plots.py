@@ -30,10 +30,10 @@ def page_gallery(pages: Sequence[Page], columns: int = 4, width: float = 11.0) -
     if not pages:
         raise ValueError("there are no pages to show")
     columns = min(columns, len(pages))
-    rows = -(-len(pages) // columns)
-    tallest = max(page.size.height / page.size.width for page in pages)
-    figure = Figure(figsize=(width, rows * (width / columns * tallest + 0.25)), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
+    rows = [pages[i : i + columns] for i in range(0, len(pages), columns)]
+    heights = [width / columns * max(page.size.height / page.size.width for page in row) + 0.2 for row in rows]
+    figure = Figure(figsize=(width, sum(heights)), layout="constrained")
+    axes = figure.subplots(len(rows), columns, squeeze=False, height_ratios=heights)
     for ax in axes.flat:
         ax.axis("off")
     for ax, page in zip(axes.flat, pages, strict=False):
