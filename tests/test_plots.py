@@ -1,0 +1,58 @@
+"""Figures are drawn, and drawn at the place the record says."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+from helpers import FakeCorpus
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+from vrag_lib.geometry import Box, Size, View
+from vrag_lib.plots import boxes_figure, interval_bars, page_gallery, save_figure, score_mixture_figure, view_figure
+from vrag_lib.trajectory import ImageRef
+
+CORPUS = FakeCorpus([Size(800, 600), Size(600, 900), Size(800, 600)])
+
+
+def pixels(figure) -> np.ndarray:
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())
+
+
+def test_a_gallery_shows_every_page_once():
+    figure = page_gallery(CORPUS.pages, columns=2)
+    assert [ax.get_title() for ax in figure.axes] == ["doc_1", "doc_2", "doc_3", ""]
+    assert len(np.unique(pixels(figure).reshape(-1, 4), axis=0)) > 100
+    with pytest.raises(ValueError, match="no pages"):
+        page_gallery([])
+
+
+def test_a_crop_is_drawn_where_its_view_says():
+    view = View.of_page(Size(800, 600), 256 * 784, 512 * 784)
+    crop = view.crop(view.to_shown(Box(100, 200, 400, 500)), 256 * 784, 512 * 784)
+    left, right = view_figure(CORPUS, ImageRef("doc_1", crop)).axes
+    patch = left.patches[0]
+    assert (patch.get_x(), patch.get_y(), patch.get_width(), patch.get_height()) == (100, 200, 300, 300)
+    assert f"{crop.shown.width} × {crop.shown.height}" in right.get_title()
+
+
+def test_named_boxes_carry_their_names():
+    ax = boxes_figure(CORPUS.pages[0], {"title": Box(0, 0, 90, 20), "row": Box(5, 50, 90, 60)}).axes[0]
+    assert {text.get_text() for text in ax.texts} == {"title", "row"} and len(ax.patches) == 2
+
+
+def test_a_mixture_needs_two_scores_and_shows_what_was_kept():
+    figure = score_mixture_figure([0.9, 0.88, 0.3, 0.29, 0.28], kept=2)
+    assert "2 of 5 pages kept" in figure.axes[0].get_title() and len(figure.axes[1].lines) == 2
+    with pytest.raises(ValueError, match="at least two"):
+        score_mixture_figure([1.0], 1)
+
+
+def test_interval_bars_carry_their_intervals(tmp_path):
+    table = pd.DataFrame({"method": ["a", "b+c"], "R@1": [10.0, 20], "R@1_low": [5.0, 15], "R@1_high": [15.0, 30]})
+    figure = interval_bars(table, "method", ["R@1"])
+    segments = figure.axes[0].collections[0].get_segments()
+    assert [tuple(segment[:, 1]) for segment in segments] == [(5.0, 15.0), (15.0, 30.0)]
+    assert save_figure(figure, tmp_path / "a" / "bars.png").stat().st_size > 1000
