@@ -190,7 +190,7 @@ class ExtractivePolicy:
             return None
         lines = best[1]
         fit = 0.7 * float(held[lines].any(0) @ weights) + 0.3 * float(held.any(0) @ weights)
-        margin = tall
+        margin = 0.4 * tall
         box = Box(
             max(0.0, boxes[lines, 0].min() - margin),
             max(0.0, boxes[lines, 1].min() - margin),
