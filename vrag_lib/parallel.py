@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -59,7 +61,8 @@ def _run_pool(
     function: Callable[..., Any], tasks: Sequence[tuple], pending: Iterator[int], workers: int
 ) -> Iterator[tuple[int, Any]]:
     """Run until `pending` is used up or the pool breaks; at most two tasks per worker are in flight."""
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent)
     running: dict[Future, int] = {}
 
     def submit(indices: Iterable[int]) -> None:
@@ -83,6 +86,18 @@ def _run_pool(
                 submit(islice(pending, len(done)))
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """Let this worker end when its parent is killed; it would otherwise wait for tasks for ever."""
+
+    def watch() -> None:
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _check_workers_start(pool: ProcessPoolExecutor) -> None:

@@ -25,8 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pypdfium2 as pdfium
+import pypdfium2.raw as pdfium_c
 from PIL import Image, ImageOps
 
 from vrag_lib.text_layer import page_text_lines
@@ -87,8 +87,6 @@ def inspect_file(path: str) -> tuple[str, int]:
             page_count = len(document)
         else:  # frames of other formats are animations or previews, not pages
             page_count = document.n_frames if document.format == "TIFF" else 1
-    if page_count == 0:
-        raise UnreadableError("the document has no pages")
     return sha256, page_count
 
 
@@ -163,10 +161,7 @@ def read_json(path: Path) -> Any | None:
 @contextmanager
 def _opened(path: str) -> Iterator[pdfium.PdfDocument | Image.Image]:
     if path.lower().endswith(PDF_SUFFIXES):
-        try:
-            document = pdfium.PdfDocument(path)
-        except pdfium.PdfiumError as error:
-            raise UnreadableError(_PDF_ERRORS.get(error.err_code, str(error))) from error
+        document: pdfium.PdfDocument | Image.Image = _open_pdf(path)
     else:
         try:
             with warnings.catch_warnings():
@@ -178,6 +173,18 @@ def _opened(path: str) -> Iterator[pdfium.PdfDocument | Image.Image]:
             raise UnreadableError(f"not a readable image: {error}") from error
     with closing(document):
         yield document
+
+
+def _open_pdf(path: str) -> pdfium.PdfDocument:
+    raw = pdfium_c.FPDF_LoadDocument(os.fsencode(path), None)
+    if not raw:
+        error = pdfium_c.FPDF_GetLastError()
+        raise UnreadableError(_PDF_ERRORS.get(error, f"pdfium cannot open it (error {error})"))
+    document = pdfium.PdfDocument(raw)
+    if len(document) == 0:  # asked here because pdfium's last error, from whichever file, would be blamed for it
+        document.close()
+        raise UnreadableError("the document has no pages")
+    return document
 
 
 def _render_page(
@@ -209,7 +216,7 @@ def _render_frame(document: Image.Image, number: int, settings: RenderSettings) 
         image = Image.new("RGBA", rgba.size, "white")
         image.alpha_composite(rgba)
     elif image.mode.startswith("I"):  # 16-bit grey, which PIL's conversion would clip instead of scale
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        image = image.point(lambda value: value * (1 / 256)).convert("L")
     image = image.convert("RGB")
     image.thumbnail((settings.max_side, settings.max_side), Image.Resampling.LANCZOS)
     return image
