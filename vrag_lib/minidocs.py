@@ -33,7 +33,7 @@ from vrag_lib.minidocs_content import NOT_ANSWERABLE, SPLITS
 from vrag_lib.minidocs_documents import MiniDocsConfig, MiniDocument, MiniPage, build_document
 from vrag_lib.minidocs_pdf import write_pdf
 from vrag_lib.minidocs_questions import MiniQuestion, build_questions
-from vrag_lib.rendering import write_atomically
+from vrag_lib.rendering import read_json, write_atomically
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -70,9 +70,9 @@ class MiniDocs:
     def questions(self, split: str) -> tuple[Question, ...]:
         """All questions of a split in the unified item format.
 
-        `extra` holds `answerable`, `template`, `wording`, `rewritten_query`, `hop_queries` (one per gold page) and
-        `regions`: hop by hop `page`, `element`, `region_box` (row, bar, sentence, box) and `answer_box` (the value's
-        ink), both `[x1, y1, x2, y2]` in raw page pixels.
+        `extra` holds `answerable`, `answer_format`, `template`, `wording`, `rewritten_query`, `hop_queries` (one per
+        gold page) and `regions`: hop by hop `page`, `element`, `region_box` (row, bar, sentence, box) and
+        `answer_box` (the value's ink), both `[x1, y1, x2, y2]` in raw page pixels.
         """
         return tuple(question for document in self.documents(split) for question in self.unified(document))
 
@@ -105,11 +105,17 @@ class MiniDocs:
         """Export splits to `{out_dir}/{split}/`: `questions.json` beside `documents/*.pdf` (vector pages with a text
         layer) or, with `form="images"`, `images/{document}_{page}.png`. `load_dataset("unified", ...)` reads either.
 
-        Raises ValueError for an unknown form or split.
+        Raises ValueError for an unknown form or split, and for a folder that holds another collection.
         """
         if form not in EXPORT_FORMS:
             raise ValueError(f"MiniDocs are exported as {' or '.join(EXPORT_FORMS)}, not as {form!r}")
         out = Path(out_dir)
+        described = {"form": form, "fingerprint": self.fingerprint, "config": asdict(self.config)}
+        present = read_json(out / "config.json")
+        if present not in (None, described):
+            raise ValueError(f"{out} holds MiniDocs of another configuration or form; give another folder")
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(out / "config.json", (json.dumps(described, indent=1) + "\n").encode())
         for split in splits:
             folder = out / split / ("documents" if form == "pdf" else "images")
             documents = self.documents(split)
@@ -121,8 +127,6 @@ class MiniDocs:
                     for page in document.pages:
                         write_atomically(folder / f"{document.id}_{page.number}.png", _png(page))
             write_unified(self.questions(split), out / split / "questions.json")
-        config = {"config": asdict(self.config), "fingerprint": self.fingerprint}
-        write_atomically(out / "config.json", (json.dumps(config, indent=1) + "\n").encode())
         return out
 
     def to_datasets(self, split: str) -> DatasetDict:
@@ -172,6 +176,7 @@ def to_question(question: MiniQuestion, uid: str, file_name: str) -> Question:
         query_type="Multi-Hop" if question.multi_hop else "Single-Hop",
         extra={
             "answerable": question.answerable,
+            "answer_format": _answer_format(question.answer),
             "template": question.template,
             "wording": question.wording,
             "rewritten_query": question.rewritten_query,
@@ -181,18 +186,26 @@ def to_question(question: MiniQuestion, uid: str, file_name: str) -> Question:
     )
 
 
-def majority_accuracy(questions: Iterable[Question]) -> dict[str, float]:
-    """How often the most frequent answer of each template would be right: what guessing without any page can reach.
+def majority_accuracy(reference: Iterable[Question], questions: Iterable[Question]) -> dict[str, float]:
+    """How many of `questions` are answered right, without any page, by the answer that `reference` (training
+    questions) gives most often to the same template; answerable ones only, by template and over `all`.
 
-    Answerable questions only; the key `all` is the mean over all of them, guessing by template.
+    Raises ValueError when there is nothing answerable to be asked.
     """
-    answers: dict[str, Counter[str]] = {}
+    seen: dict[str, Counter[str]] = {}
+    for question in reference:
+        if question.extra["answerable"]:
+            seen.setdefault(question.extra["template"], Counter())[question.reference_answer] += 1
+    guesses = {template: max(sorted(counter), key=counter.__getitem__) for template, counter in seen.items()}
+    right: dict[str, list[bool]] = {"all": []}
     for question in questions:
         if question.extra["answerable"]:
-            answers.setdefault(question.extra["template"], Counter())[question.reference_answer] += 1
-    best = {template: max(counter.values()) for template, counter in answers.items()}
-    rates = {template: best[template] / answers[template].total() for template in sorted(answers)}
-    return {**rates, "all": sum(best.values()) / max(1, sum(counter.total() for counter in answers.values()))}
+            hit = guesses.get(question.extra["template"]) == question.reference_answer
+            right.setdefault(question.extra["template"], []).append(hit)
+            right["all"].append(hit)
+    if not right["all"]:
+        raise ValueError("none of the questions has an answer")
+    return {template: sum(hits) / len(hits) for template, hits in sorted(right.items())}
 
 
 def _document_in_corpus(document: MiniDocument, folder: Path, settings: str) -> Document:
@@ -232,6 +245,19 @@ def _row(question: Question, images: dict[str, dict[str, Any]]) -> dict[str, Any
         "gold_page_ids": list(question.gold_page_ids),
         "images": [images[page_id] for page_id in question.gold_page_ids],
     }
+
+
+def _answer_format(answer: str) -> str:
+    """Int, Float, Str or None, as MMLongBench-Doc calls them.
+
+    >>> [_answer_format(answer) for answer in ("412", "4.7", "+4.7%", "Barn", NOT_ANSWERABLE)]
+    ['Int', 'Float', 'Float', 'Str', 'None']
+    """
+    if answer == NOT_ANSWERABLE:
+        return "None"
+    if answer.isdigit():
+        return "Int"
+    return "Float" if answer.rstrip("%").lstrip("+-").replace(".", "", 1).isdigit() else "Str"
 
 
 def _rounded(box: Box) -> list[float]:

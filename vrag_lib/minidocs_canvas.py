@@ -192,6 +192,13 @@ class Canvas:
         self.items.append(Text(string, left, baseline, font, colour, box, width))
         return box
 
+    def bottom(self, start: int) -> float:
+        """The lowest y that the items from index `start` on reach."""
+        lows = []
+        for item in self.items[start:]:
+            lows.append(max(y for _, y in item.points) if isinstance(item, Polygon | Polyline) else item.box.y2)
+        return max(lows)
+
     def image(self) -> Image.Image:
         """Paint the page; RGB, of `size`."""
         page = Image.new("RGB", (self.size.width, self.size.height), self.background)

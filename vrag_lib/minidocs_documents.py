@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 from PIL import Image
 
@@ -37,14 +38,21 @@ from vrag_lib.minidocs_pages import (
     draw_flow,
     draw_header,
     draw_line,
+    draw_notes,
     draw_pie,
     draw_table,
     draw_text,
 )
 from vrag_lib.minidocs_styles import Style, families, fitted, palettes
 
+PAGE_TOKENS = 96
+"""Vision tokens (28 x 28 pixels each) at which pages and crops of the default size are meant to be shown."""
+
 REQUIRED_PAGES = ("table", "bars", "text", "pie or line", "board or flow")
 """Every document has a cover and one page of each of these kinds; the rest are drawn from `EXTRA_PAGES`."""
+
+MOST_PAGES = 10
+"""Beyond this a document could run out of measures and titles, of which no two of its pages share one."""
 
 EXTRA_PAGES = ("table", "bars", "text", "pie", "line", "dashboard", "dashboard")
 
@@ -66,38 +74,42 @@ _FILLERS = (
 )
 
 
+def _doc(default: int, text: str) -> Any:
+    return field(default=default, metadata={"doc": text})
+
+
 @dataclass(frozen=True)
 class MiniDocsConfig:
     """Everything a MiniDocs collection depends on. Sizes are raw page pixels; font sizes are em heights.
 
-    With the defaults a page of 1176 x 840 is shown whole at 392 x 280 (14 x 10 vision tokens): labels come out at 11
-    pixels, figures at 5. A crop of one table row shows its figures at 20 pixels or more.
+    With the defaults a page of 1176 x 784 is shown whole at 336 x 224 (`PAGE_TOKENS`): labels and text come out at 10
+    pixels, figures at 4. A crop of a table row or a bar shows its figure at 13 pixels or more.
     """
 
-    seed: int = 0
-    train_documents: int = 400
-    validation_documents: int = 40
-    test_documents: int = 80
-    min_pages: int = 6
-    max_pages: int = 8
-    questions_per_document: int = 8
-    long_side: int = 1176
-    short_side: int = 840
-    margin: int = 48
-    title_px: int = 42
-    label_px: int = 32
-    value_px: int = 16
+    seed: int = _doc(0, "seed of all contents; names, families and palettes of a split do not depend on it")
+    train_documents: int = _doc(400, "documents of the training split")
+    validation_documents: int = _doc(40, "documents of the validation split")
+    test_documents: int = _doc(80, "documents of the test split")
+    min_pages: int = _doc(6, "fewest pages of a document, the cover included")
+    max_pages: int = _doc(8, "most pages of a document")
+    questions_per_document: int = _doc(8, "questions asked on a document; their kinds go round")
+    long_side: int = _doc(1176, "longer side of a page, raw pixels")
+    short_side: int = _doc(784, "shorter side of a page, raw pixels")
+    margin: int = _doc(48, "blank border, raw pixels")
+    title_px: int = _doc(46, "em height of titles, raw pixels")
+    label_px: int = _doc(36, "em height of labels and running text, raw pixels")
+    value_px: int = _doc(14, "em height of figures and small print, raw pixels")
 
     def __post_init__(self) -> None:
-        if not len(REQUIRED_PAGES) < self.min_pages <= self.max_pages <= 12:
+        if not len(REQUIRED_PAGES) < self.min_pages <= self.max_pages <= MOST_PAGES:
             raise ValueError(
-                f"a document has a cover and at least {len(REQUIRED_PAGES)} pages, at most 12 in all; "
+                f"a document has a cover and at least {len(REQUIRED_PAGES)} pages, at most {MOST_PAGES} in all; "
                 f"min_pages={self.min_pages}, max_pages={self.max_pages} cannot be"
             )
         if not 8 <= self.value_px <= self.label_px <= self.title_px <= self.short_side / 16:
             raise ValueError("font sizes must rise from value_px (at least 8) to title_px (at most short_side / 16)")
-        if not self.short_side <= self.long_side <= 2 * self.short_side or self.label_px > self.short_side / 24:
-            raise ValueError("pages need short_side <= long_side <= 2 * short_side and label_px <= short_side / 24")
+        if not self.short_side <= self.long_side <= 2 * self.short_side or self.label_px > self.short_side / 20:
+            raise ValueError("pages need short_side <= long_side <= 2 * short_side and label_px <= short_side / 20")
         for split, count in self.documents.items():
             if not 0 <= count <= len(document_entities(split)):
                 raise ValueError(f"{split} has names for {len(document_entities(split))} documents, not for {count}")
@@ -197,6 +209,7 @@ class PagePlan:
     entries: tuple[str, ...] = ()
     small: tuple[str, ...] = ()
     with_changes: bool = False
+    notes: tuple[str, ...] = ()
 
 
 def build_document(config: MiniDocsConfig, split: str, index: int) -> MiniDocument:
@@ -271,7 +284,8 @@ class _Planner:
         if kind == "text":
             return PagePlan(kind, table.title, (table,), sentences=tuple(self.sentences(table)))
         with_changes = kind == "table" and self.rng.random() < 0.6
-        return PagePlan(kind, table.title, (table,), (kind,), with_changes=with_changes)
+        notes = tuple(self.rng.sample(_FILLERS, self.rng.randint(0, 2)))
+        return PagePlan(kind, table.title, (table,), (kind,), with_changes=with_changes, notes=notes)
 
     def table(self, kind: str, dimension: Dimension, months: int) -> Table:
         if kind == "line":
@@ -326,7 +340,10 @@ def _draw_page(document: MiniDocument, number: int, plan: PagePlan) -> MiniPage:
     elif plan.kind == "dashboard":
         facts = _draw_dashboard(canvas, box, style, plan)
     else:
+        before = len(canvas.items)
         facts = _draw_table(canvas, box, style, plan.kind, plan.tables[0], plan.with_changes)
+        free = Box(box.x1, canvas.bottom(before) + style.label_px, box.x2, box.y2)
+        draw_notes(canvas, free, style, plan.notes)
     return MiniPage(number, plan.kind, plan.title, canvas, tuple(facts), plan.tables)
 
 

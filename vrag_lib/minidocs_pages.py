@@ -154,12 +154,26 @@ def draw_text(canvas: Canvas, box: Box, style: Style, sentences: Sequence[tuple[
     return facts
 
 
+def draw_notes(canvas: Canvas, box: Box, style: Style, notes: Sequence[str]) -> None:
+    """Remarks below a table or chart, as many as the box has room for; nothing is asked about them."""
+    step = style.label_px * 1.42
+    y = box.y1
+    for note in notes:
+        lines = wrap(note, style.label, box.width)
+        if y + len(lines) * step > box.y2:
+            return
+        for i, line in enumerate(lines):
+            base = y + (i + 0.5) * step + cap_height(style.label) / 2
+            canvas.text(box.x1, base, line, style.label, style.palette.text)
+        y += (len(lines) + 0.35) * step
+
+
 def draw_table(canvas: Canvas, box: Box, style: Style, table: Table, with_changes: bool) -> list[Fact]:
     """A ruled table: items at label size, values (and changes) at value size. A fact's region is its row."""
     palette, ruling = style.palette, style.family.ruling
     rows = len(table.items) + 1
     height = min(box.height / rows, style.label_px * 2.3)
-    width = min(box.width, style.label_px * (27 if with_changes else 21))
+    width = min(box.width, style.label_px * (24 if with_changes else 19))
     x1 = box.x1 + (box.width - width) / 2 if style.family.centred else box.x1
     x2 = x1 + width
     y1 = box.y1 + min(style.label_px, (box.height - height * rows) * 0.3)
@@ -205,7 +219,7 @@ def draw_bars(canvas: Canvas, box: Box, style: Style, table: Table) -> list[Fact
     if style.family.horizontal_bars or widest + style.label_px * 0.5 > box.width / len(table.items):
         return _draw_rows(canvas, box, style, table, widest)
     palette, slot = style.palette, box.width / len(table.items)
-    base = box.y2 - style.label_px * 1.7
+    base = min(box.y2, box.y1 + box.width * 0.75) - style.label_px * 1.7
     full = base - box.y1 - style.value_px * 2.4
     facts = []
     for i, (item, value, share) in enumerate(zip(table.items, table.values, _heights(table), strict=True)):
@@ -224,9 +238,11 @@ def draw_bars(canvas: Canvas, box: Box, style: Style, table: Table) -> list[Fact
 def _draw_rows(canvas: Canvas, box: Box, style: Style, table: Table, widest: float) -> list[Fact]:
     palette = style.palette
     height = min(box.height / len(table.items), style.label_px * 3)
-    left = box.x1 + widest + style.label_px * 0.6
+    width = min(box.width, style.label_px * 24)
+    x1 = box.x1 + (box.width - width) / 2 if style.family.centred else box.x1
+    left = x1 + widest + style.label_px * 0.6
     longest = max(text_width(value, style.value) for value in table.values)
-    full = box.x2 - left - longest - style.value_px * 1.2
+    full = x1 + width - left - longest - style.value_px * 1.2
     facts = []
     for i, (item, value, share) in enumerate(zip(table.items, table.values, _heights(table), strict=True)):
         y = box.y1 + (i + 0.5) * height
@@ -245,7 +261,7 @@ def _draw_rows(canvas: Canvas, box: Box, style: Style, table: Table, widest: flo
 def draw_line(canvas: Canvas, box: Box, style: Style, table: Table) -> list[Fact]:
     """A line chart over months with the value printed at each point. A fact's region is the month's upright strip."""
     palette, slot = style.palette, box.width / len(table.items)
-    base = box.y2 - style.label_px * 1.7
+    base = min(box.y2, box.y1 + box.width * 0.75) - style.label_px * 1.7
     top = box.y1 + style.value_px * 2.4
     for i in range(5):
         y = base - (base - box.y1) * i / 5
@@ -267,7 +283,7 @@ def draw_line(canvas: Canvas, box: Box, style: Style, table: Table) -> list[Fact
         canvas.rectangle(back, fill=canvas.background)
         ink = canvas.text(x, baseline, value, style.value, palette.small, "centre")
         canvas.text(x, base + style.label_px * 1.2, SHORT_MONTHS.get(item, item), style.label, palette.text, "centre")
-        strip = Box(x - slot / 2, box.y1, x + slot / 2, box.y2)
+        strip = Box(x - slot / 2, box.y1, x + slot / 2, base + style.label_px * 1.7)
         facts.append(Fact("chart", table.measure.name, item, "value", value, ink, strip))
     return facts
 
@@ -286,10 +302,10 @@ def draw_pie(canvas: Canvas, box: Box, style: Style, table: Table) -> list[Fact]
         height = min(box.height / count, style.label_px * 2.2)
         left, top = box.x1 + 2 * radius + style.label_px * 2, centre[1] - height * count / 2
     else:
-        height = min(box.height * 0.55 / count, style.label_px * 1.9)
-        radius = min(box.width, box.height - height * count - style.label_px) / 2
+        height = min(box.height * 0.55 / count, style.label_px * 1.7)
+        radius = min(box.width * 0.8, box.height - height * count - style.label_px) / 2
         centre = (box.x1 + box.width / 2, box.y1 + radius)
-        left, top = box.x1 + (box.width - legend_width) / 2, box.y2 - height * count
+        left, top = box.x1 + (box.width - legend_width) / 2, centre[1] + radius + style.label_px
     angle = 0.0
     facts = []
     for i, (item, value) in enumerate(zip(table.items, table.values, strict=True)):
@@ -332,16 +348,23 @@ def draw_board(
     across = style.family.format == "slide"
     columns = 2 if len(headings) == 4 or not across else 3
     rows = len(headings) // columns
-    gap = style.label_px * 0.7
-    width, height = (box.width - gap * (columns - 1)) / columns, (box.height - gap * (rows - 1)) / rows
+    width, step_x, left = _spread(box.x1, box.width, columns, style.label_px * 10, style.label_px)
+    height, step_y, top = _spread(box.y1, box.height, rows, style.label_px * 5.5, style.label_px)
     facts = []
     for i, (heading, entry) in enumerate(zip(headings, entries, strict=True)):
         row, column = divmod(i, columns)
-        x1, y1 = box.x1 + column * (width + gap), box.y1 + row * (height + gap)
+        x1, y1 = left + column * step_x, top + row * step_y
         card = Box(x1, y1, x1 + width, y1 + height)
         position = position_name(row, column, rows, columns)
         facts += _draw_card(canvas, card, style, board, heading, entry, position)
     return facts
+
+
+def _spread(start: float, length: float, count: int, longest: float, unit: float) -> tuple[float, float, float]:
+    """Places `count` boxes along a length, none longer than `longest`: their length, the step, the first's start."""
+    size = min(longest, (length - (count - 1) * unit * 0.7) / count)
+    gap = min(unit * 3, (length - count * size) / (count - 1))
+    return size, size + gap, start + (length - count * size - (count - 1) * gap) / 2
 
 
 def draw_flow(
@@ -351,16 +374,17 @@ def draw_flow(
     count, palette = len(headings), style.palette
     across = style.family.format == "slide"
     gap = style.label_px * 1.2
+    if across:
+        width, height = (box.width - gap * (count - 1)) / count, min(box.height, style.label_px * 5.5)
+    else:
+        width, height = style.label_px * 10, (box.height - gap * (count - 1)) / count
     facts = []
     for i, (heading, entry) in enumerate(zip(headings, entries, strict=True)):
         if across:
-            width = (box.width - gap * (count - 1)) / count
-            top = box.y1 + box.height * 0.2
-            card = Box(box.x1 + i * (width + gap), top, box.x1 + i * (width + gap) + width, top + box.height * 0.5)
+            x1, y1 = box.x1 + i * (width + gap), box.y1 + (box.height - height) * 0.35
         else:
-            height = (box.height - gap * (count - 1)) / count
-            top = box.y1 + i * (height + gap)
-            card = Box(box.x1 + box.width * 0.14, top, box.x2 - box.width * 0.14, top + height)
+            x1, y1 = box.x1 + (box.width - width) / 2, box.y1 + i * (height + gap)
+        card = Box(x1, y1, x1 + width, y1 + height)
         facts += _draw_card(canvas, card, style, board, heading, entry, str(i + 1))
         if i + 1 < count:
             a = gap * 0.36

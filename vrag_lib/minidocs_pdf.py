@@ -15,6 +15,7 @@ from pathlib import Path
 from PIL import Image
 
 from vrag_lib.minidocs_canvas import Canvas, Colour, Polygon, Polyline, Rectangle, Text, font_path
+from vrag_lib.rendering import write_atomically
 
 _ASCII = "".join(map(chr, range(32, 127)))
 
@@ -67,7 +68,7 @@ class _File:
         out += b"xref\n0 %d\n0000000000 65535 f \n" % (len(offsets) + 1)
         out += b"".join(b"%010d 00000 n \n" % offset for offset in offsets)
         out += b"trailer\n<< /Size %d /Root %d 0 R >>\nstartxref\n%d\n%%%%EOF\n" % (len(offsets) + 1, root, start)
-        path.write_bytes(out)
+        write_atomically(path, bytes(out))
 
 
 def write_pdf(path: str | Path, pages: Sequence[Canvas | Image.Image], dpi: int = 150) -> Path:
