@@ -134,7 +134,8 @@ def test_a_damaged_file_is_refused_with_the_remedy(tmp_path, damage):
     EmbeddingStore.from_pages([np.ones((4, 8), np.float32)]).save(path)
     data = path.read_bytes()
     if damage == "offsets":
-        maxsim.write_store(path, [np.ones((4, 8), np.float32)], np.array([0, 9]), 1.0)
+        store = EmbeddingStore(np.ones((4, 8), np.float32), np.array([0, 5, 4]), 1.0)
+        store.save(path)
     else:
         path.write_bytes(
             {
@@ -144,8 +145,24 @@ def test_a_damaged_file_is_refused_with_the_remedy(tmp_path, damage):
                 "format": data.replace(b"vrag-embeddings-1", b"vrag-embeddings-0"),
             }[damage]
         )
-    with pytest.raises(RetrievalIndexError, match="delete the index folder and build it again"):
+    with pytest.raises(RetrievalIndexError, match="delete it and build the index again"):
         EmbeddingStore.load(path)
+
+
+def test_merged_stores_hold_the_pages_of_all_in_order(tmp_path):
+    rng = np.random.default_rng(5)
+    pages = [as_bf16(unit_rows(rng, n, 16) * np.float32(n)) for n in (3, 1, 4, 2)]
+    files = [tmp_path / f"{i}.safetensors" for i in range(3)]
+    for file, part in zip(files, (pages[:1], pages[1:3], pages[3:]), strict=True):
+        EmbeddingStore.from_pages(part).save(file)
+    maxsim.merge_stores([*files, files[0]], tmp_path / "all.safetensors")
+    store = EmbeddingStore.load(tmp_path / "all.safetensors")
+    assert len(store) == 5 and store.max_norm == EmbeddingStore.from_pages(pages).max_norm
+    assert all(np.array_equal(store.page(i), page) for i, page in enumerate([*pages, pages[0]]))
+    EmbeddingStore.from_pages([np.full((2, 16), 1 / 3)]).save(files[1])
+    with pytest.raises(ValueError, match="of one dtype"):
+        maxsim.merge_stores(files, tmp_path / "all.safetensors")
+    assert len(EmbeddingStore.load(tmp_path / "all.safetensors")) == 5
 
 
 def test_bad_input_is_named():

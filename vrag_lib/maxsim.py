@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -95,11 +96,11 @@ class EmbeddingStore:
 
     def save(self, path: Path) -> None:
         """Write a safetensors file, whole or not at all."""
-        write_store(path, [self.tokens], self.offsets, self.max_norm)
+        _write(path, [self.tokens], self.tokens.dtype, self.dim, self.offsets, self.max_norm)
 
     @classmethod
     def load(cls, path: Path) -> EmbeddingStore:
-        """Memory-map a file that `save` or `write_store` wrote; nothing is read until it is scored.
+        """Memory-map a file that `save` or `merge_stores` wrote; nothing is read until it is scored.
 
         Raises RetrievalIndexError, with the remedy, for a file that is cut short or of another kind.
         """
@@ -116,7 +117,7 @@ class EmbeddingStore:
                 raise ValueError("page offsets do not fit the tokens")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RetrievalIndexError(
-                f"{path} holds no usable embeddings ({error}); delete the index folder and build it again"
+                f"{path} holds no usable embeddings ({error}); delete it and build the index again"
             ) from error
         return store
 
@@ -148,17 +149,31 @@ def as_float32(tokens: np.ndarray) -> np.ndarray:
     return (tokens.astype(np.uint32) << 16).view(np.float32)
 
 
-def write_store(path: Path, parts: Sequence[np.ndarray], offsets: np.ndarray, max_norm: float) -> None:
-    """Write the rows of `parts` (all float32 or all uint16), one after the other, as one embedding file.
+def merge_stores(files: Sequence[Path], path: Path) -> None:
+    """Write the pages of saved stores, one store after the other, as one store; the pages are streamed through.
 
-    The file is safetensors, written straight from the parts, so memory-mapped parts never are in memory at once.
+    Raises RetrievalIndexError for a file that cannot be used, ValueError for stores of different kinds.
     """
-    kinds = {part.dtype for part in parts}
+    sizes: list[np.ndarray] = []
+    kinds, norm = set(), 0.0
+    for file in files:
+        store = EmbeddingStore.load(file)
+        sizes.append(np.diff(store.offsets))
+        kinds.add((store.tokens.dtype, store.dim))
+        norm = max(norm, store.max_norm)
     if len(kinds) != 1:
-        raise ValueError("all parts of an embedding file must have one dtype")
-    kind = kinds.pop()
-    rows, dim = sum(len(part) for part in parts), parts[0].shape[1]
+        raise ValueError(f"stores to be merged must be of one dtype and dimension, not {kinds}")
+    kind, dim = kinds.pop()
+    offsets = np.concatenate([[0], np.cumsum(np.concatenate(sizes))])
+    _write(path, (EmbeddingStore.load(file).tokens for file in files), kind, dim, offsets, norm)
+
+
+def _write(
+    path: Path, parts: Iterable[np.ndarray], kind: np.dtype, dim: int, offsets: np.ndarray, max_norm: float
+) -> None:
+    """Write the rows of all parts as one safetensors file, whole or not at all."""
     bounds = np.ascontiguousarray(offsets, np.int64)
+    rows = int(bounds[-1])
     # Offsets first: with the header padded to 8 bytes, both arrays are aligned for mapping.
     header = {
         "__metadata__": {"format": FORMAT, "max_norm": repr(float(max_norm))},
@@ -172,16 +187,19 @@ def write_store(path: Path, parts: Sequence[np.ndarray], offsets: np.ndarray, ma
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.write(bounds.tobytes())
-        for part in parts:
-            for i in range(0, len(part), 65536):
-                file.write(np.ascontiguousarray(part[i : i + 65536]).data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.write(bounds.tobytes())
+            for part in parts:
+                for i in range(0, len(part), 65536):
+                    file.write(np.ascontiguousarray(part[i : i + 65536]).data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _read_header(path: Path) -> tuple[dict, int]:
