@@ -1,0 +1,282 @@
+"""search_server: the authors' wire format, clear refusals, no file but the corpus's own, a client that gives up."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from urllib.parse import urlencode
+from urllib.request import urlopen
+
+import httpx
+import pytest
+from fastapi.testclient import TestClient
+from PIL import Image
+
+from vrag_lib.corpus import Corpus, Document, Page
+from vrag_lib.geometry import Size
+from vrag_lib.retrieval import Hit, Retriever
+from vrag_lib.search_server import (
+    MAX_CHARS,
+    MAX_QUERIES,
+    RemoteRetriever,
+    SearchServerError,
+    create_app,
+    link_images,
+    make_server,
+    serve,
+)
+
+
+class FixedRetriever:
+    """Ranks all pages from one that the query's length picks; remembers what it was asked."""
+
+    name = "fixed"
+
+    def __init__(self, page_ids: Sequence[str]):
+        self.page_ids = tuple(page_ids)
+        self.asked: list[list[str]] = []
+
+    def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
+        self.asked.append(list(queries))
+        rankings = []
+        for query in queries:
+            start = len(query) % len(self.page_ids)
+            order = self.page_ids[start:] + self.page_ids[:start]
+            rankings.append([Hit(page_id, -float(i)) for i, page_id in enumerate(order[:k])])
+        return rankings
+
+
+@pytest.fixture
+def corpus(tmp_path) -> Corpus:
+    """Fifteen pages whose image files are named otherwise than the pages; an image beside them is no page."""
+    pages = []
+    for number in range(1, 16):
+        path = tmp_path / "cache" / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (28, 28), (number, 0, 0)).save(path)
+        pages.append(Page(f"annual report 2.0_{number}", "annual report 2.0", number, path, Size(28, 28)))
+    Image.new("RGB", (28, 28)).save(tmp_path / "cache" / "secret.png")
+    (tmp_path / "secret.txt").write_text("secret")
+    return Corpus([Document("annual report 2.0", tmp_path / "annual report 2.0.pdf", "0" * 64, tuple(pages))])
+
+
+@pytest.fixture
+def retriever(corpus) -> FixedRetriever:
+    return FixedRetriever(corpus.page_ids)
+
+
+@pytest.fixture
+def client(corpus, retriever, tmp_path) -> TestClient:
+    return TestClient(create_app(retriever, corpus, image_dir=tmp_path / "served"))
+
+
+def test_the_answer_is_what_the_released_demo_and_trainer_read(client, corpus):
+    answer = client.get("/search", params={"queries": ["ab", "three words & more?"]}).json()
+    assert [len(results) for results in answer] == [10, 10]
+    for results in answer:
+        assert [result["idx"] for result in results] == list(range(10))
+        assert all(set(result) == {"idx", "image_file"} for result in results)
+    paths = [result["image_file"] for result in answer[0]]  # as in the demo's search()
+    assert all(os.path.isabs(path) for path in paths)
+    assert [Image.open(path).convert("RGB").getpixel((0, 0))[0] for path in paths] == list(range(3, 13))
+    names = [os.path.basename(path.rstrip("/")).split(".jpg")[0] for path in paths]  # as in the trainer's reward
+    assert names == list(corpus.page_ids[2:12])
+
+
+def test_top_k_and_urls_are_settings(corpus, retriever, tmp_path):
+    app = create_app(retriever, corpus, top_k=2, image_url="http://example.org:8002/")
+    answer = TestClient(app).get("/search?queries=").json()
+    assert [result["image_file"] for result in answer[0]] == [
+        "http://example.org:8002/image/annual%20report%202.0_1",
+        "http://example.org:8002/image/annual%20report%202.0_2",
+    ]
+    assert TestClient(app).get(answer[0][1]["image_file"].removeprefix("http://example.org:8002")).status_code == 200
+    with pytest.raises(ValueError, match="ranks page 'x_1', which the corpus does not have"):
+        create_app(FixedRetriever(["x_1"]), corpus, image_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "message"),
+    [
+        ("GET", "/search", 400, "no queries; ask GET /search"),
+        ("GET", "/search?query=a", 400, "unknown parameter 'query'"),
+        ("GET", "/search?queries=a&k=3", 400, "unknown parameter 'k'"),
+        ("GET", "/search?" + "&".join(["queries=a"] * (MAX_QUERIES + 1)), 400, "at most 256 are answered"),
+        ("GET", "/search?queries=a&queries=" + "x" * (MAX_CHARS + 1), 400, "query 2 has 8001 characters"),
+        ("POST", "/search", 405, "Method Not Allowed"),
+        ("GET", "/nothing", 404, "Not Found"),
+        ("GET", "/image/annual report 2.0_99", 404, "no page of that id"),
+    ],
+)
+def test_bad_requests_are_refused_with_the_reason(client, retriever, method, path, status, message):
+    response = client.request(method, path)
+    assert response.status_code == status and message in response.json()["detail"]
+    assert not retriever.asked
+
+
+def test_pages_of_the_corpus_and_nothing_else_can_be_fetched(client, corpus, tmp_path):
+    for page in corpus.pages:
+        assert client.get(f"/image/{page.id}").content == page.image_path.read_bytes()
+    for path in (
+        "secret.png",
+        "../secret.txt",
+        "..%2f..%2fsecret.txt",
+        "%2e%2e/%2e%2e/secret.txt",
+        "%2e%2e%2fsecret.png",
+        "..\\secret.txt",
+        str(tmp_path / "secret.txt"),
+        "%2F" + str(tmp_path / "secret.txt").strip("/").replace("/", "%2F"),
+        "annual report 2.0_1%00",
+        "annual report 2.0_1/../../secret.txt",
+        "annual report 2.0_1.png",
+        "file://" + str(tmp_path / "secret.txt"),
+        "",
+    ):
+        response = client.get(f"/image/{path}")
+        assert response.status_code == 404 and "secret" not in response.text.replace("secret.", ""), path
+
+
+def test_page_ids_that_are_no_file_names_keep_the_path_of_their_image(corpus, tmp_path):
+    ids = ["../../up_1", "a/b_1", "nul\0_1", "x" * 300 + "_1", "..", "fine_1"]
+    pages = [Page(page_id, "d", i, corpus.pages[i].image_path, Size(28, 28)) for i, page_id in enumerate(ids)]
+    files = link_images(Corpus([Document("d", tmp_path / "d.pdf", "1" * 64, tuple(pages))]), tmp_path / "links")
+    assert sorted(path.name for path in (tmp_path / "links").iterdir()) == ["...jpg", "fine_1.jpg"]
+    for page in pages:
+        assert files[page.id].read_bytes() == page.image_path.read_bytes()
+
+
+def test_links_follow_the_corpus_and_are_copies_where_links_cannot_be_made(corpus, tmp_path, monkeypatch):
+    files = link_images(corpus, tmp_path / "links")
+    first = files[corpus.page_ids[0]]
+    first.unlink()
+    first.symlink_to(tmp_path / "secret.txt")
+    assert link_images(corpus, tmp_path / "links")[corpus.page_ids[0]].resolve() == corpus.pages[0].image_path
+
+    def refused(self, target):
+        raise OSError("no links here")
+
+    monkeypatch.setattr(Path, "symlink_to", refused)
+    copies = link_images(corpus, tmp_path / "copies")
+    assert all(copies[page.id].read_bytes() == page.image_path.read_bytes() for page in corpus.pages)
+    assert not any(path.is_symlink() for path in copies.values())
+
+
+@pytest.fixture
+def running(corpus, retriever, tmp_path, monkeypatch):
+    """A real server on a free port: its address."""
+    monkeypatch.setenv("VRAG_CACHE", str(tmp_path / "vrag-cache"))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = make_server(retriever, corpus, "127.0.0.1", port)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    deadline = time.monotonic() + 20
+    while not server.started:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    yield "127.0.0.1", port
+    server.should_exit = True
+    thread.join(20)
+
+
+def test_a_real_server_takes_the_trainers_batches_and_no_raw_traversal(running, corpus, retriever):
+    host, port = running
+    batch = [f"{i} " + "总收入是多少" * 50 for i in range(100)]  # 2.7 KB each once percent-encoded
+    with urlopen(f"http://{host}:{port}/search?{urlencode({'queries': batch}, doseq=True)}") as response:
+        answer = json.load(response)
+    assert len(answer) == 100 and retriever.asked == [batch]
+    for target in ("/image/../../../../etc/passwd", "/../../etc/passwd", "//etc/passwd", "/image//etc/passwd"):
+        with socket.create_connection((host, port)) as raw:  # clients tidy such paths up before sending
+            raw.sendall(f"GET {target} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+            reply = b"".join(iter(lambda: raw.recv(65536), b""))
+        assert reply.startswith(b"HTTP/1.1 404") and b"root:" not in reply
+    health = httpx.get(f"http://{host}:{port}/health").json()
+    assert health == {"retriever": "fixed", "pages": 15}
+    remote = RemoteRetriever(f"http://{host}:{port}", corpus)
+    assert isinstance(remote, Retriever)
+    queries = ["ab", "总收入" * 400, *["x" * n for n in range(250)], "\ud800"]
+    want = retriever.search([query.encode("utf-8", "replace").decode() for query in queries], 7)
+    got = remote.search(queries, 7)
+    assert [[hit.page_id for hit in hits] for hits in got] == [[hit.page_id for hit in hits] for hits in want]
+    assert [hit.score for hit in got[0]] == [1 / rank for rank in range(1, 8)]
+    assert max(len(asked) for asked in retriever.asked[1:-1]) <= 100
+
+
+def test_serve_runs_that_server(monkeypatch, corpus, retriever):
+    calls = []
+
+    class Server:
+        def run(self):
+            calls.append("run")
+
+    monkeypatch.setattr("vrag_lib.search_server.make_server", lambda *arguments: calls.append(arguments) or Server())
+    serve(retriever, corpus)
+    assert calls == [(retriever, corpus, "127.0.0.1", 8002, 10), "run"]
+
+
+def remote(corpus, answers, **options) -> tuple[RemoteRetriever, list]:
+    """A client whose requests get the given answers, one after the other; what it did is in the list."""
+    log: list = []
+    answers = iter(answers)
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        log.append(request.url.params.get_list("queries"))
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    retriever = RemoteRetriever(
+        "http://server:1/search", corpus, transport=httpx.MockTransport(handler), sleep=log.append, **options
+    )
+    return retriever, log
+
+
+def answer_of(*names: str) -> httpx.Response:
+    return httpx.Response(200, json=[[{"idx": i, "image_file": name} for i, name in enumerate(names)]])
+
+
+def test_the_client_tries_again_with_growing_pauses(corpus):
+    good = answer_of("./search_engine/corpus/img/annual report 2.0_4.jpg", "D:\\img\\annual report 2.0_5.jpg")
+    failures = [httpx.ConnectError("refused"), httpx.ReadTimeout("slow"), httpx.Response(503, text="busy")]
+    retriever, log = remote(corpus, [*failures, good])
+    hits = retriever.search(["q"], 10)[0]
+    assert [hit.page_id for hit in hits] == ["annual report 2.0_4", "annual report 2.0_5"]
+    assert log == [["q"], 0.5, ["q"], 1.0, ["q"], 2.0, ["q"]]
+    retriever, log = remote(corpus, [httpx.ConnectError("refused")] * 2, attempts=2)
+    with pytest.raises(SearchServerError, match="no answer in 2 attempts; the last failed with ConnectError: refused"):
+        retriever.search(["q"], 10)
+    assert len(log) == 3
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (httpx.Response(400, json={"detail": "no queries"}), "refused the request: status 400.*no queries"),
+        (httpx.Response(200, text="<html>error</html>"), "something other than JSON"),
+        (httpx.Response(200, json={"results": []}), "one list for each of 1 queries"),
+        (httpx.Response(200, json=[[], []]), "one list for each of 1 queries"),
+        (httpx.Response(200, json=[[{"idx": 0}]]), "not {idx, image_file}"),
+        (httpx.Response(200, json=[3]), "not {idx, image_file}"),
+        (httpx.Response(200, json=[[{"image_file": None}]]), "not {idx, image_file}"),
+        (answer_of("other_1.jpg"), "found page 'other_1', which this corpus does not have"),
+    ],
+)
+def test_an_answer_that_makes_no_sense_is_named_and_not_asked_for_again(corpus, answer, message):
+    retriever, log = remote(corpus, [answer])
+    with pytest.raises(SearchServerError, match=message):
+        retriever.search(["q"], 10)
+    assert len(log) == 1
+
+
+def test_an_empty_search_is_no_request(corpus):
+    retriever, log = remote(corpus, [])
+    assert retriever.search([], 10) == [] and not log
+    retriever, _ = remote(corpus, [httpx.Response(200, json=[[]])])
+    assert retriever.search(["q"], 10) == [[]]  # a server whose corpus is empty
