@@ -24,7 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"vrag {__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
-    for add in (_ask, _index, _serve, _view, _eval_retrieval, _bench, _config, _reproduce):
+    for add in (_ask, _index, _serve, _view, _eval_retrieval, _bench, _minidocs, _config, _reproduce):
         add(commands)
     return parser
 
@@ -185,6 +185,25 @@ def _bench(commands) -> None:
     parser = _command(kinds, "search", search, what)
     parser.add_argument("--pages", type=int, nargs="+", default=[500, 2000, 10000], help="index sizes to time")
     parser.add_argument("--out", help="results folder (default: results/<preset>/bench_search)")
+
+
+def _minidocs(commands) -> None:
+    def run(arguments) -> None:
+        from vrag_lib.minidocs import MiniDocs
+
+        docs = MiniDocs(_read(arguments).minidocs)
+        docs.write(arguments.out, form=arguments.form, splits=arguments.splits)
+        if arguments.card:
+            from vrag_lib.minidocs_card import write_card
+
+            write_card(arguments.out, docs)
+        print(f"written to {arguments.out}: {', '.join(arguments.splits)}")
+
+    what = "write the generated benchmark: documents and questions whose answers, pages and regions are exact"
+    parser = _command(commands, "minidocs", run, what, [("out", "folder to write to")])
+    parser.add_argument("--form", choices=["pdf", "images"], default="pdf", help="documents as (default: %(default)s)")
+    parser.add_argument("--splits", nargs="+", default=["train", "validation", "test"], help="splits to write")
+    parser.add_argument("--card", action="store_true", help="also write the data card with counts and pictures")
 
 
 def _config(commands) -> None:

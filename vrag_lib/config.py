@@ -24,6 +24,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from vrag_lib.minidocs_documents import MiniDocsConfig
+
 
 class ConfigError(ValueError):
     """An unknown preset or key, or a value of the wrong kind; the message names it and what is allowed."""
@@ -95,6 +97,7 @@ class Config:
     retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
+    minidocs: MiniDocsConfig = field(default_factory=MiniDocsConfig)
 
     def folder(self, stage: str) -> Path:
         """Where the results of one stage lie."""
