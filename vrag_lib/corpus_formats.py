@@ -282,7 +282,7 @@ def _object(item: Any) -> dict[str, Any]:
 
 def _text(item: dict[str, Any], field: str, default: str | None = None) -> str:
     value = item.get(field, default)
-    if value is None or value == "" != default:
+    if value is None or (value == "" and default is None):
         raise _ItemError(f"field {field}: missing or empty")
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 

@@ -1,8 +1,8 @@
 """Text of pages read off their images with rapidocr (PP-OCR models that come in the wheel; nothing is downloaded).
 
-The text layer says nothing about what is drawn or scanned: 233 of 839 pages of a real collection had none, and the
-labels of charts are often paths. Where a layer exists, its lines are painted over before reading, so that only what it
-lacks is read, once.
+The text layer says nothing about what is drawn or scanned: over a quarter of the 839 pages of a real collection have
+none, and the labels of charts are often paths. Where there is a layer, its lines are painted over before reading, so
+that only what it lacks is read, and a page that lacks nothing takes a tenth of the time.
 
 Results are cached one page at a time under `<cache>/ocr/`, by the page image's content, the painted boxes and the
 OCR's version and parameters, so a killed run goes on where it stopped.
@@ -40,6 +40,9 @@ PARAMETERS = {
 }
 """rapidocr settings: no upright/upside-down classifier, detection at 960 px on the longest side, one thread each."""
 
+MIN_LAYER_CHARACTERS = 20
+"""A text layer with fewer letters and digits than this says nothing of its page."""
+
 _engine: Any = None
 
 
@@ -49,16 +52,16 @@ def ocr_pages(
     workers: int = 2,
     pages: str = "no_text",
 ) -> Corpus:
-    """A corpus whose pages carry OCR lines: those without a text layer (`no_text`) or, added to the layer's, `all`.
+    """A corpus whose pages carry OCR lines, added to those of the layer: pages that lack text (`no_text`), or `all`.
 
-    A page whose OCR fails keeps what it had and is named in the result's `problems`. About 2 s per slide and 8 s
-    per dense page without a layer on one core.
+    A page whose OCR fails keeps what it had and is named in the result's `problems`. One core reads a slide in
+    about 2 s, a dense page in 8 s, a page whose layer lacks nothing in 0.7 s.
     """
     if pages not in ("no_text", "all"):
         raise ValueError(f"pages must be 'no_text' or 'all', not {pages!r}")
     folder = (Path(cache_dir) if cache_dir is not None else default_cache_dir()) / "ocr"
     folder.mkdir(parents=True, exist_ok=True)
-    wanted = [page for page in corpus.pages if pages == "all" or page.text_source == "none"]
+    wanted = [page for page in corpus.pages if pages == "all" or lacks_text(page)]
     files: dict[str, Path] = {}
     problems: list[Problem] = []
     for page in wanted:
@@ -77,6 +80,11 @@ def ocr_pages(
     read = [_with_lines(page, read_json(files[page.id]) or []) for page in wanted if page.id in files]
     result = corpus.with_pages(read)
     return Corpus(result.documents, (*corpus.problems, *problems))
+
+
+def lacks_text(page: Page) -> bool:
+    """Whether a page has no text yet, or a layer with hardly more than a page number or a stamp."""
+    return sum(character.isalnum() for line in page.lines for character in line.text) < MIN_LAYER_CHARACTERS
 
 
 def read_page(image_path: str, painted: Sequence[tuple[float, ...]], result_file: str) -> None:
@@ -101,8 +109,10 @@ def _ocr_engine() -> Any:
     """This process's engine; loading the models takes about a second."""
     global _engine
     if _engine is None:
+        import cv2
         from rapidocr import RapidOCR
 
+        cv2.setNumThreads(1)
         _engine = RapidOCR(params=PARAMETERS)
     return _engine
 
@@ -139,7 +149,15 @@ def _with_lines(page: Page, found: list[list]) -> Page:
 
 
 def _is_known(line: TextLine, layer: Sequence[TextLine]) -> bool:
-    """Whether most words of an OCR line stand in the layer's lines that it touches (a layer shifted off its print)."""
-    words = line.text.lower().split()
-    near = {word for other in layer if line.box.intersection(other.box).area > 0 for word in other.text.lower().split()}
-    return 2 * sum(word in near for word in words) > len(words)
+    """Whether the layer's lines that an OCR line touches hold its text: most of its words, or its letters in a row.
+
+    The layer of a scan often lies beside its print, so that ends of words stay visible beside what was painted over.
+    """
+    reach = line.box.height / 4
+    box = Box(line.box.x1 - reach, line.box.y1, line.box.x2 + reach, line.box.y2)
+    near = [other.text.lower() for other in layer if box.intersection(other.box).area > 0]
+    text = line.text.lower()
+    words, near_words = text.split(), {word for other in near for word in other.split()}
+    if 2 * sum(word in near_words for word in words) > len(words):
+        return True
+    return any("".join(words) in "".join(other.split()) for other in near)
