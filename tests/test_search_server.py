@@ -205,7 +205,7 @@ def test_a_real_server_takes_the_trainers_batches_and_no_raw_traversal(running, 
     got = remote.search(queries, 7)
     assert [[hit.page_id for hit in hits] for hits in got] == [[hit.page_id for hit in hits] for hits in want]
     assert [hit.score for hit in got[0]] == [1 / rank for rank in range(1, 8)]
-    assert max(len(asked) for asked in retriever.asked[1:-1]) <= 100
+    assert max(len(asked) for asked in retriever.asked[2:]) <= 100
 
 
 def test_serve_runs_that_server(monkeypatch, corpus, retriever):
