@@ -1,0 +1,266 @@
+"""Group-relative policy optimisation of the agent (paper §2.3, eq. 13, App. C), on TRL's GRPOTrainer with PEFT LoRA.
+
+The trainer (`grpo_trainer`) samples through the one rollout loop, so images enter in mid-trajectory, and trains exactly
+the tokens that were sampled. This module holds what needs no torch: settings, data order, advantages of a step's
+trajectories, the row of metrics of a step, and `train_grpo`, which runs it all.
+
+Deviations from the released code: LoRA, and the reference of the KL is the model with its adapter switched off; a
+group is never split over optimizer steps (trap T15); trajectories that broke off by no fault of the policy count in
+their group's statistics but are not trained on; questions come in a new order each epoch, none is dropped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from vrag_lib.actions import ActionKind, InvalidReason
+from vrag_lib.advantages import group_deviation, group_relative, has_signal, leave_one_out, token_advantages
+from vrag_lib.config import EnvironmentConfig, _doc
+from vrag_lib.corpus import Corpus, Question
+from vrag_lib.policy import Policy
+from vrag_lib.retrieval import Retriever
+from vrag_lib.training import LORA_TARGETS
+from vrag_lib.trajectory import StopReason, Trajectory
+
+if TYPE_CHECKING:
+    from vrag_lib.policy_transformers import TransformersPolicy
+
+Reward = Callable[[Trajectory], Trajectory]
+"""Returns the trajectory with its named rewards, each (score, weight)."""
+
+Credit = Callable[[Trajectory], Mapping[str, Sequence[float]]]
+"""For some rewards of a trajectory, a weight for each of its turns: which turns the reward is credited to."""
+
+Sampler = Callable[["TransformersPolicy"], Policy]
+"""Called before each rollout with the policy under training; returns who samples (an engine given the new weights)."""
+
+
+@dataclass(frozen=True)
+class GRPOConfig:
+    """Reinforcement learning; the defaults are the paper's (Table 6) or, where it is silent, the released script's."""
+
+    steps: int = _doc(62, "rollouts: each samples questions_per_step x group_size trajectories")
+    questions_per_step: int = _doc(32, "questions per rollout, over all processes")
+    group_size: int = _doc(5, "trajectories per question")
+    updates_per_step: int = _doc(1, "optimizer steps per rollout, each on whole groups (released code: 5)")
+    iterations: int = _doc(1, "times a rollout is trained on")
+    micro_batch_size: int = _doc(1, "trajectories per forward pass and process")
+    learning_rate: float = _doc(1e-6, "peak learning rate of AdamW (LoRA: about ten times as much)")
+    warmup_steps: int = _doc(5, "optimizer steps over which the learning rate rises")
+    schedule: str = _doc("constant_with_warmup", "after the warm-up: constant_with_warmup, linear or cosine")
+    max_grad_norm: float = _doc(1.0, "gradients are scaled down to this norm")
+    advantage: str = _doc("group", "baseline of a reward: group (mean of the group) or leave_one_out")
+    advantage_std: bool = _doc(True, "group: divide by the standard deviation of the group's rewards")
+    normalisation: str = _doc("sequence", "weight of a token: sequence, token or constant (advantages.loss_weights)")
+    constant_length: int = _doc(2048, "normalisation=constant: tokens that each trajectory is divided by")
+    clip_low: float = _doc(0.2, "the ratio of an unwelcome token is not followed below 1 - clip_low")
+    clip_high: float = _doc(0.2, "the ratio of a welcome token is not followed above 1 + clip_high")
+    kl_coefficient: float = _doc(0.01, "weight of the KL to the reference in the loss; 0 leaves the reference out")
+    kl_clamp: float = _doc(10.0, "largest KL of one token, nats")
+    old_logprobs: str = _doc("trainer", "denominator of the ratio: trainer (recomputed before training) or sampler")
+    resample_rounds: int = _doc(0, "times that groups whose rewards are all equal are replaced by other questions")
+    mask_broken: bool = _doc(True, "do not train on trajectories that ended in an error or a full context")
+    temperature: float = _doc(1.0, "sampling temperature")
+    max_reply_tokens: int = _doc(2048, "longest reply, tokens")
+    max_context_tokens: int = _doc(10240, "longest context with its reply, tokens, image tokens counted")
+    max_sampled_tokens: int | None = _doc(None, "tokens sampled in one trajectory after which it stops; none: no limit")
+    rollout_batch_size: int = _doc(16, "conversations generated together, per process")
+    lora_rank: int = _doc(64, "rank of the LoRA adapter; 0 trains all weights (paper: full)")
+    lora_alpha: int = _doc(64, "LoRA's scale: the update is multiplied by alpha over rank")
+    lora_targets: str = _doc(LORA_TARGETS, "regular expression of the modules that get an adapter")
+    freeze_vision: bool = _doc(True, "whether vision tower and projector stay as they are")
+    gradient_checkpointing: bool = _doc(False, "recompute activations: less memory, a third more time")
+    save_steps: int = _doc(25, "rollouts between checkpoints")
+    keep_checkpoints: int = _doc(2, "newest checkpoints kept")
+
+    @property
+    def rows(self) -> int:
+        """Trajectories per rollout."""
+        return self.questions_per_step * self.group_size
+
+    def validate(self, processes: int = 1) -> None:
+        """Raises ValueError, naming the setting, when the numbers do not fit each other or `processes`."""
+        if self.group_size < 2:
+            raise ValueError(f"group_size={self.group_size}: an advantage needs at least two trajectories per question")
+        if self.updates_per_step > 1 and self.questions_per_step % (self.updates_per_step * processes):
+            raise ValueError(
+                f"questions_per_step={self.questions_per_step} is not a multiple of updates_per_step x processes = "
+                f"{self.updates_per_step} x {processes}, and a group is not split over optimizer steps"
+            )
+        if self.rows % (self.updates_per_step * self.micro_batch_size * processes):
+            raise ValueError(
+                f"{self.rows} trajectories per rollout are not a multiple of updates_per_step x micro_batch_size x "
+                f"processes = {self.updates_per_step} x {self.micro_batch_size} x {processes}"
+            )
+        if self.temperature <= 0:
+            raise ValueError("temperature=0 is greedy: all trajectories of a group would be the same")
+        for name, allowed in (
+            ("advantage", ("group", "leave_one_out")),
+            ("normalisation", ("sequence", "token", "constant")),
+            ("old_logprobs", ("trainer", "sampler")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+
+
+def question_order(count: int, needed: int, seed: int) -> list[int]:
+    """Indices of the first `needed` questions trained on: `count` questions, shuffled anew each epoch, none dropped.
+
+    >>> order = question_order(3, 7, seed=0)
+    >>> sorted(order[:3]), sorted(order[3:6]), len(order)
+    ([0, 1, 2], [0, 1, 2], 7)
+    """
+    epochs = range(math.ceil(needed / count))
+    order = [int(i) for epoch in epochs for i in np.random.default_rng([seed, epoch]).permutation(count)]
+    return order[:needed]
+
+
+def row_seed(seed: int, step: int, row: int, attempt: int = 0) -> int:
+    """The seed of one trajectory, from the run's seed, the rollout's number and its row in the rollout: the same
+    however rows are spread over processes, and after a resume."""
+    return int(np.random.SeedSequence([seed, step, row, attempt]).generate_state(1)[0])
+
+
+def step_advantages(
+    trajectories: Sequence[Trajectory], config: GRPOConfig, credit: Credit | None = None
+) -> list[Callable[[Sequence[int]], np.ndarray]]:
+    """For each trajectory a function from the turns of its trained tokens (n,) to their advantages (n,).
+
+    Without `credit` all tokens of a trajectory share the advantage of its total reward. With it, each reward gets an
+    advantage of its own within the group, credited to the turns that `credit` names for it.
+    """
+
+    def estimate(rewards: Sequence[float]) -> np.ndarray:
+        if config.advantage == "leave_one_out":
+            return leave_one_out(rewards, config.group_size)
+        return group_relative(rewards, config.group_size, std=config.advantage_std)
+
+    if credit is None:
+        terms = {"outcome": estimate([t.total_reward for t in trajectories])}
+        scopes: list[Mapping[str, Sequence[float]]] = [{} for _ in trajectories]
+    else:
+        names = dict.fromkeys(name for t in trajectories for name in t.rewards)
+        terms = {name: estimate([_weighted(t, name) for t in trajectories]) for name in names}
+        scopes = [credit(t) for t in trajectories]
+
+    def of(i: int) -> Callable[[Sequence[int]], np.ndarray]:
+        own = {name: float(values[i]) for name, values in terms.items()}
+        return lambda turn_index: token_advantages(own, turn_index, scopes[i])
+
+    return [of(i) for i in range(len(trajectories))]
+
+
+def _weighted(trajectory: Trajectory, name: str) -> float:
+    score, weight = trajectory.rewards.get(name, (0.0, 0.0))
+    return score * weight
+
+
+def is_broken(trajectory: Trajectory) -> bool:
+    """Whether the trajectory broke off by no fault of its last reply: an error, or a context that was full."""
+    return trajectory.stop_reason in (StopReason.ERROR, StopReason.CONTEXT_OVERFLOW)
+
+
+def rollout_metrics(trajectories: Sequence[Trajectory], group_size: int) -> dict[str, float]:
+    """What one rollout's trajectories tell: means per trajectory of rewards and actions, shares of ends and of invalid
+    replies by reason, spread of the rewards inside the groups, groups without signal (a count)."""
+    n = len(trajectories)
+    rewards = [t.total_reward for t in trajectories]
+    replies = [reply for t in trajectories for reply in t.replies]
+    invalid = Counter(reply.invalid for reply in replies if reply.invalid is not None)
+    stops = Counter(t.stop_reason for t in trajectories)
+    names = dict.fromkeys(name for t in trajectories for name in t.rewards)
+    terms = {name: [t.rewards[name][0] for t in trajectories if name in t.rewards] for name in names}
+    return {
+        "reward": float(np.nanmean(rewards)),
+        "reward_deviation": group_deviation(rewards, group_size),
+        "groups_without_signal": float((~has_signal(rewards, group_size)).sum()),
+        "rewards_unknown": float(np.isnan(rewards).sum()),
+        **{f"reward_{name}": float(np.nanmean(values)) for name, values in terms.items()},
+        "turns": len(replies) / n,
+        "searches": sum(t.count(ActionKind.SEARCH) for t in trajectories) / n,
+        "crops": sum(t.count(ActionKind.CROP) for t in trajectories) / n,
+        "images": sum(len(t.images) for t in trajectories) / n,
+        "finish_rate": stops[StopReason.ANSWER] / n,
+        **{f"stop_{reason.value}": stops[reason] / n for reason in StopReason},
+        "invalid_rate": sum(invalid.values()) / max(len(replies), 1),
+        **{f"invalid_{reason.value}": invalid[reason] / max(len(replies), 1) for reason in InvalidReason},
+        "sampled_tokens": sum(len(reply.token_ids or ()) for reply in replies) / n,
+    }
+
+
+def train_grpo(
+    checkpoint: str | Path,
+    questions: Sequence[Question],
+    corpus: Corpus,
+    retriever: Retriever,
+    config: GRPOConfig,
+    folder: str | Path,
+    *,
+    environment: EnvironmentConfig | None = None,
+    reward: Reward | None = None,
+    credit: Credit | None = None,
+    sampler: Sampler | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    preset: str = "",
+    run_id: str = "grpo",
+) -> Path:
+    """Train a checkpoint on questions; returns `folder/final`, a LoRA adapter (see `training.merge_adapter`) or, with
+    `lora_rank=0`, a checkpoint.
+
+    Every optimizer step adds a row to `folder/metrics.csv`, every rollout a file to `folder/trajectories/`. A run that
+    was killed goes on from its last complete checkpoint when called again, and ends as if it had never stopped.
+
+    reward: default the recipe `paper` with the rule judge. sampler: default the policy under training itself.
+    Under `accelerate launch` every process calls this with the same arguments.
+
+    Raises ValueError for settings that do not fit each other, or without questions.
+    """
+    from accelerate import PartialState
+
+    from vrag_lib.grpo_trainer import AgentGRPOTrainer
+    from vrag_lib.policy_transformers import TransformersPolicy
+    from vrag_lib.rewards import score
+    from vrag_lib.training import last_checkpoint
+
+    config.validate(PartialState().num_processes)
+    if not questions:
+        raise ValueError("there are no questions to train on")
+    policy = TransformersPolicy.from_pretrained(
+        checkpoint,
+        corpus,
+        device=device,
+        dtype="auto" if config.lora_rank else "float32",  # in bfloat16 small updates would be rounded away
+        temperature=config.temperature,
+        max_reply_tokens=config.max_reply_tokens,
+        max_context_tokens=config.max_context_tokens,
+        batch_size=config.rollout_batch_size,
+    )
+    trainer = AgentGRPOTrainer(
+        policy,
+        questions,
+        corpus,
+        retriever,
+        config,
+        folder,
+        environment=environment or EnvironmentConfig(),
+        reward=reward or score,
+        credit=credit,
+        sampler=sampler,
+        seed=seed,
+        preset=preset,
+        run_id=run_id,
+    )
+    resume = last_checkpoint(folder)
+    trainer.start_run(folder, resume, "reinforcement learning")
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    final = Path(folder) / "final"
+    trainer.save_model(str(final))
+    return final

@@ -1,0 +1,219 @@
+"""What SFT and GRPO share: LoRA, checkpoints, curves, merging.
+
+Deviations from the Hugging Face Trainer that runs both: a checkpoint holds tensors as safetensors and everything else
+as JSON, nothing pickled; a checkpoint that a kill left half-written is never resumed from; nothing is reported to
+anyone. Under FSDP and DeepSpeed the optimizer's shards are in their own formats.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vrag_lib.torch_setup import ensure_torchvision
+
+if TYPE_CHECKING:
+    import torch
+
+LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+"""Every matrix of the language model; the vision tower has leaves of the same names and is left out."""
+
+_STATE, _OPTIMIZER = "trainer_state.json", "optimizer.safetensors"
+
+
+def lora_config(rank: int, alpha: int, targets: str = LORA_TARGETS) -> Any:
+    """A PEFT LoraConfig without dropout, so that sampling and training see the same model; None for rank 0 (full)."""
+    if rank == 0:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM")
+
+
+def freeze_vision(model: Any) -> int:
+    """Stop gradients into the vision tower and its projector; returns the number of parameters frozen."""
+    frozen = [p for name, p in model.named_parameters() if "visual." in name]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    return sum(p.numel() for p in frozen)
+
+
+def merge_adapter(checkpoint: str | Path, adapter: str | Path, output: str | Path) -> Path:
+    """Add a LoRA adapter to the checkpoint it was trained on and write an ordinary checkpoint, processor included.
+
+    Raises FileNotFoundError when `adapter` holds none.
+    """
+    ensure_torchvision()
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    if not (Path(adapter) / "adapter_config.json").is_file():
+        raise FileNotFoundError(f"{adapter} holds no LoRA adapter; it is the `final` folder of a training run")
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype="auto")
+    with torch.no_grad():
+        merged = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
+    merged.save_pretrained(output)
+    AutoProcessor.from_pretrained(checkpoint).save_pretrained(output)
+    return Path(output)
+
+
+def last_checkpoint(folder: str | Path) -> Path | None:
+    """The newest complete `checkpoint-N` in a run folder, None if there is none. The trainer's state is written last,
+    so one without it was cut short."""
+    complete = []
+    for path in Path(folder).glob("checkpoint-*"):
+        try:
+            step = json.loads((path / _STATE).read_text())["global_step"]
+        except (OSError, ValueError, KeyError):
+            continue
+        complete.append((step, path))
+    return max(complete)[1] if complete else None
+
+
+class MetricsFile:
+    """A CSV file with one row per step; opening it drops rows past `step`, so a resumed run goes on where it stopped.
+
+    Rows are replaced as a whole, so a kill leaves the file readable. Columns are those of all rows, as they appear.
+    """
+
+    def __init__(self, path: str | Path, step: int = 0):
+        self.path = Path(path)
+        self.rows: list[dict[str, Any]] = []
+        if self.path.exists():
+            with self.path.open(newline="") as file:
+                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+
+    def add(self, step: int, values: Mapping[str, Any]) -> None:
+        """Add values to the row of a step, which is the last one or new."""
+        if not self.rows or int(self.rows[-1]["step"]) != step:
+            self.rows.append({"step": step})
+        self.rows[-1].update(values)
+        columns = list(dict.fromkeys(name for row in self.rows for name in row))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        with partial.open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(self.rows)
+        os.replace(partial, self.path)
+
+
+class RunFolder:
+    """Goes before a Hugging Face Trainer among the bases: curves to `metrics.csv`, checkpoints without pickle, progress
+    on stderr. The trainer calls `start_run` before `train`."""
+
+    metrics_file: MetricsFile
+    _bar: Any = None
+
+    def start_run(self, folder: str | Path, checkpoint: Path | None, title: str) -> None:
+        """Open the curves at the checkpoint's step and take the place of the Trainer's own printing."""
+        from tqdm import tqdm
+        from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+        step = 0 if checkpoint is None else json.loads((checkpoint / _STATE).read_text())["global_step"]
+        self.metrics_file = MetricsFile(Path(folder) / "metrics.csv", step)
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+        main = self.is_world_process_zero()
+        self._bar = tqdm(desc=title, initial=step, total=self.args.max_steps, mininterval=5, disable=not main)
+
+    def step_metrics(self) -> dict[str, float]:
+        """What a subclass adds to the row of the step just made."""
+        return {}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        logs.update(self.step_metrics())
+        super().log(logs, start_time)
+        if "train_runtime" in logs or not self.is_world_process_zero():
+            return
+        self.metrics_file.add(self.state.global_step, logs)
+        self._bar.update(self.state.global_step - self._bar.n)
+        self._bar.set_postfix({k: f"{logs[k]:.3f}" for k in ("loss", "reward") if logs.get(k) is not None})
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)  # a pickle
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        if not self.args.should_save:
+            return None
+        from safetensors.torch import save_file
+
+        state = self.optimizer.state_dict()
+        tensors, plain = {}, {}
+        for index, values in state["state"].items():
+            for name, value in values.items():
+                (tensors if hasattr(value, "untyped_storage") else plain)[f"{index}/{name}"] = value
+        about = {"plain": plain, "groups": state["param_groups"], "scheduler": self.lr_scheduler.state_dict()}
+        contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, Path(output_dir) / _OPTIMIZER, metadata={"state": json.dumps(about)})
+        return None
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        from safetensors import safe_open
+
+        state: dict[int, dict[str, Any]] = {}
+        with safe_open(Path(checkpoint) / _OPTIMIZER, framework="pt") as file:
+            about = json.loads(file.metadata()["state"])
+            entries = [(key, file.get_tensor(key)) for key in file.keys()]  # noqa: SIM118 - not a dictionary
+        for key, value in [*entries, *about["plain"].items()]:
+            index, name = key.split("/")
+            state.setdefault(int(index), {})[name] = value
+        self.optimizer.load_state_dict({"state": state, "param_groups": about["groups"]})
+        self.lr_scheduler.load_state_dict(about["scheduler"])
+        return None
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        from safetensors.torch import save_file
+
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        kind, keys, *rest = np.random.get_state()
+        about = {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest]}
+        save_file(_device_rng_states(), self._rng_file(output_dir), metadata={"state": json.dumps(about)})
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        import torch
+        from safetensors import safe_open
+
+        if checkpoint is None or not self._rng_file(checkpoint).is_file():
+            return  # resumed with more processes than it was saved with: theirs start from the seed
+        with safe_open(self._rng_file(checkpoint), framework="pt") as file:
+            about = json.loads(file.metadata()["state"])
+            states = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dictionary
+        version, internal, gauss = about["python"]
+        random.setstate((version, tuple(internal), gauss))
+        kind, keys, *rest = about["numpy"]
+        np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+        torch.set_rng_state(states.pop("cpu"))
+        for name, state in states.items():
+            torch.cuda.set_rng_state(state, int(name.removeprefix("cuda")))
+
+    def _rng_file(self, folder: str) -> Path:
+        return Path(folder) / f"rng_{self.args.process_index}.safetensors"
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """No card: a run is described by its config.json."""
+
+    def _send_telemetry(self) -> None:
+        """Nothing is reported."""
+
+
+def _device_rng_states() -> dict[str, torch.Tensor]:
+    import torch
+
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states |= {f"cuda{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    return states
