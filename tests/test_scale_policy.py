@@ -1,0 +1,193 @@
+"""The scale policy: tokenizer, exact training forward, truth of its samples, resumable training, checkpoint."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vrag_lib.actions import parse_reply
+from vrag_lib.geometry import PATCH, Box, iou
+from vrag_lib.minidocs_documents import MiniDocsConfig, build_document
+from vrag_lib.scale_characters import BINS, CHARACTERS, SLOTS, draw_character_page
+from vrag_lib.scale_tasks import WHERE, PageSamples, draw_samples, page_view, region_view, shown_box
+
+torch = pytest.importorskip("torch")
+
+
+@pytest.fixture(scope="module")
+def built():
+    from vrag_lib.scale_policy import build_policy
+
+    torch.set_num_threads(1)
+    model, processor = build_policy(seed=0)
+    return model.eval(), processor
+
+
+@pytest.fixture(scope="module")
+def samples():
+    return draw_samples(random.Random(0), "train", 2, MiniDocsConfig(), {"whole": 1, "crop": 1, "part": 1, "close": 2})
+
+
+@settings(max_examples=60, deadline=None)
+@given(text=st.text())
+def test_every_string_can_be_written(built, text):
+    import unicodedata
+
+    tokenizer = built[1].tokenizer
+    ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+    assert tokenizer.decode(ids) == unicodedata.normalize("NFC", text)
+
+
+def test_tags_are_single_tokens_and_numbers_are_digits(built):
+    tokenizer = built[1].tokenizer
+    for tag in ("<think>", "</think>", "<search>", "</search>", "<bbox>", "</bbox>", "<answer>", "</answer>"):
+        assert len(tokenizer.encode(tag)) == 1
+    assert [tokenizer.decode([i]) for i in tokenizer.encode("40.7%")] == ["4", "0", ".", "7", "%"]
+    assert len(tokenizer.encode("What is the figure of exports for Brazil?")) <= 10
+
+
+def test_the_transformers_policy_accepts_the_chat_template(built):
+    from tests.helpers import FakeCorpus
+    from vrag_lib.policy_transformers import TransformersPolicy
+
+    TransformersPolicy(*built, FakeCorpus([]), max_reply_tokens=1)
+
+
+def test_the_fast_tower_is_the_tower(built):
+    from vrag_lib.scale_vision import encode_images
+
+    visual = built[0].model.visual
+    grids = [(8, 12), (3, 7), (1, 5), (4, 24)]
+    patches = torch.rand(sum(r * c for r, c in grids) * 4, 588) * 2 - 1
+    frames = patches.view(-1, 3, 1, 196).expand(-1, -1, 2, -1).reshape(-1, 1176)
+    with torch.no_grad():
+        own = visual(frames, torch.tensor([(1, 2 * r, 2 * c) for r, c in grids])).pooler_output
+        assert torch.allclose(encode_images(visual, patches, grids), own, atol=1e-5)
+
+
+def test_patches_are_those_of_the_processor(built, samples):
+    from vrag_lib.scale_vision import patchify
+
+    image = samples[0].image
+    own = built[1].image_processor(images=[image], do_resize=False, return_tensors="pt")["pixel_values"]
+    ours = torch.from_numpy(patchify(image)).view(-1, 3, 1, 196).expand(-1, -1, 2, -1).reshape(-1, 1176)
+    assert torch.allclose(own, ours, atol=1e-5)
+
+
+def test_the_training_loss_is_the_model_s_own(built, samples):
+    from vrag_lib.scale_reading import make_batch, reading_loss
+
+    model, processor = built
+    batch = make_batch(processor.tokenizer, samples[:4])
+    labels = torch.full_like(batch.input_ids, -100)
+    for row, start, end, _ in batch.answers:
+        labels[row, start:end] = batch.input_ids[row, start:end]
+    frames = batch.patches.view(-1, 3, 1, 196).expand(-1, -1, 2, -1).reshape(-1, 1176)
+    with torch.no_grad():
+        own = model(
+            input_ids=batch.input_ids,
+            attention_mask=(batch.input_ids != processor.tokenizer.pad_token_id).long(),
+            pixel_values=frames,
+            image_grid_thw=torch.tensor([(1, 2 * r, 2 * c) for r, c in batch.grids]),
+            mm_token_type_ids=batch.is_image.int(),
+            labels=labels,
+        ).loss
+        ours, counts = reading_loss(model, batch, train_tower=False)
+    assert ours.item() == pytest.approx(own.item(), abs=1e-4)
+    assert sum(total for _, total in counts.values()) == len(batch.answers)
+
+
+def test_samples_say_what_the_pages_say(samples):
+    again = draw_samples(random.Random(0), "train", 2, MiniDocsConfig(), {"whole": 1, "crop": 1, "part": 1, "close": 2})
+    assert [s.turns for s in again] == [s.turns for s in samples]
+    for sample in samples:
+        assert sample.turns and sample.image.width % PATCH == 0 and sample.image.height % PATCH == 0
+        for question, answer in sample.turns:
+            if question.startswith(WHERE):
+                box = parse_reply(f"<bbox>{answer}</bbox>").box
+                assert box.area > 0 and box.x2 <= sample.image.width and box.y2 <= sample.image.height
+
+
+def test_rounded_regions_hold_their_answers():
+    """Naming a region in whole multiples of 4 shown pixels keeps the region, and its crop keeps the figure."""
+    for index in range(6):
+        document = build_document(MiniDocsConfig(), "train", index)
+        for page in document.pages:
+            for fact in page.facts:
+                whole = page_view(page)
+                assert iou(shown_box(whole, fact.region_box), whole.to_shown(fact.region_box)) > 0.5
+                view = region_view(page, fact.region_box)
+                inside = view.box.intersection(fact.answer_box)
+                assert inside.area > 0.9 * fact.answer_box.area
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_character_targets_are_in_reading_order(seed):
+    page = draw_character_page(random.Random(seed), 3, 5, (12, 30))
+    assert page.image.size == (5 * PATCH, 3 * PATCH)
+    assert page.slots.shape == (3, 5, SLOTS) and page.cover.shape == (3, 5, BINS[0] * BINS[1])
+    assert page.slots.min() >= 0 and page.slots.max() <= len(CHARACTERS)
+    filled = page.slots > 0
+    assert (filled[..., 1:] <= filled[..., :-1]).all()  # no hole before a character
+
+
+def test_page_questions_are_the_benchmark_s():
+    document = build_document(MiniDocsConfig(), "train", 3)
+    page = next(page for page in document.pages if page.kind == "table")
+    maker = PageSamples(document, page, random.Random(0))
+    assert document.name in maker.writer.ask(document.name, page.facts[0])[1]
+    assert Box(0, 0, page.size.width, page.size.height).intersection(page.facts[0].region_box).area > 0
+
+
+def test_a_resumed_stage_ends_with_the_same_weights(tmp_path):
+    from vrag_lib.scale_loop import Schedule, train
+    from vrag_lib.scale_policy import build_policy
+    from vrag_lib.scale_training import character_batch, character_head, character_loss
+
+    def run(folder, stops):
+        model, _ = build_policy(seed=1)
+        torch.manual_seed(0)
+        head = character_head(192)
+
+        def step(number: int):
+            if number in stops:
+                stops.remove(number)
+                raise KeyboardInterrupt
+            return character_loss(model.model.visual, head, character_batch(random.Random(number), (12, 30), 24))
+
+        schedule = Schedule(steps=4, muon=1e-3, adamw=1e-3, warmup=2, log_every=1, save_every=2)
+        train("dense", {"visual": model.model.visual, "head": head}, step, schedule, folder, folder / "curve.csv")
+        return model.model.visual.state_dict()
+
+    whole = run(tmp_path / "whole", [])
+    stops = [3]
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", stops)
+    resumed = run(tmp_path / "cut", stops)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    rows = (tmp_path / "cut" / "curve.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows] == ["step", "1", "2", "3", "4"]
+
+
+def test_muon_s_update_is_orthogonal():
+    from vrag_lib.scale_optim import orthogonalised
+
+    values = torch.linalg.svdvals(orthogonalised(torch.randn(2, 24, 8)))
+    assert values.min() > 0.5 and values.max() < 1.4
+
+
+def test_the_saved_policy_loads_through_the_auto_classes(built, tmp_path):
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from vrag_lib.scale_training import save_policy
+
+    save_policy(*built, tmp_path)
+    model, info = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float32, output_loading_info=True)
+    assert type(model).__name__ == "Qwen2_5_VLForConditionalGeneration" and not info["missing_keys"]
+    assert sum(f.stat().st_size for f in tmp_path.glob("*.safetensors")) <= 16 * 2**20
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    assert processor.tokenizer.encode("a <bbox> 1") == built[1].tokenizer.encode("a <bbox> 1")

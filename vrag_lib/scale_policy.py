@@ -1,0 +1,188 @@
+"""The scale policy: a real Qwen2.5-VL of 3.6 M parameters, small enough to be trained to read on a laptop.
+
+The paper starts from Qwen2.5-VL-7B and -3B, which read. The laptop preset cannot run those, so it has its own start: the
+same class, processor, chat template and tags, a vocabulary made of the words of MiniDocs and of the agent's prompt over
+bytes (so that every string can be written), digits one by one, and shown sizes at which a page's labels can be read and
+its figures cannot. `build_policy` makes it with random weights, `scale_training` teaches it to perceive.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+from vrag_lib import actions, minidocs_documents, minidocs_questions
+from vrag_lib.geometry import PATCH
+from vrag_lib.minidocs_content import (
+    BOARDS,
+    DIMENSIONS,
+    FLOWS,
+    MEASURES,
+    MONTHS,
+    NOT_ANSWERABLE,
+    ORGANISATIONS,
+    SHORT_MONTHS,
+    SURNAMES,
+    entities,
+)
+from vrag_lib.scale_model import ACTION_TAGS, CHAT_TEMPLATE, SPECIAL_TOKENS
+from vrag_lib.torch_setup import ensure_torchvision
+
+MIN_PIXELS = 96 * PATCH * PATCH
+MAX_PIXELS = 96 * PATCH * PATCH
+"""Least and largest area of an image shown to the scale policy: as many cells as MiniDocs
+(`minidocs_documents.PAGE_TOKENS`) lays its pages out for, for pages (12 x 8) and crops alike.
+Goes into `EnvironmentConfig.min_pixels` and `max_pixels` wherever this policy acts."""
+
+MAX_TOKENS = 4096
+"""Longest context in tokens: five images of 96 tokens and the replies fit many times over."""
+
+WEIGHTS = Path(__file__).resolve().parent.parent / "data" / "scale_policy"
+"""Where the trained policy lies in the repository."""
+
+_VISION = {
+    "depth": 4,
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_heads": 4,
+    "out_hidden_size": 192,
+    "patch_size": 14,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "window_size": 112,
+    "fullatt_block_indexes": [2],
+}
+_LANGUAGE = {
+    "hidden_size": 192,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 6,  # six heads of 32: a size that vLLM's CPU kernels take
+    "max_position_embeddings": MAX_TOKENS,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
+}
+
+_COMMON = """
+system user assistant You are a helpful assistant.
+Where is the text: known as the. Leaving aside. Yearly Annual internal Floor Scorecard File no.
+What is where is the title of this page? Whose page is this? Read the text. Read the box. Which items are listed? Where
+does the page say it? Question: answer: the value, the change, the share, the entry, the heading, the name, the emblem.
+I need to look closer at this region. The page shows the row of the table. The figure is too small to read here. Now I
+can read it. This is not the right page, search again. First find out who is known by that emblem, then search for the
+figure. Nothing answers this. The sum of both is, the difference of both is. I know both figures now. The highest is. The
+lowest is. I search for the page of the measure by name. The bar, the point, the legend entry, the sentence, the box.
+on at of in by for from and or not no yes than more less most least above below left right upper middle lower row column
+chart table text layout bar line pie dashboard cover board flow number page title item entity measure year month total
+"""
+
+
+@functools.cache
+def vocabulary_text() -> tuple[str, ...]:
+    """Lines whose words become tokens: the agent's prompts, MiniDocs' content, and the parts entity names are made of."""
+    lines = _COMMON.strip().splitlines()
+    lines += [actions.question_prompt(""), actions.NO_NEW_PAGE, actions.LAST_TURN, NOT_ANSWERABLE]
+    lines += [actions.invalid_message(reason) for reason in actions.InvalidReason]
+    for module in (minidocs_documents, minidocs_questions):  # their templates: sentences, headlines, question forms
+        lines += [s for value in vars(module).values() if isinstance(value, tuple | dict) for s in _strings(value)]
+    for measure in MEASURES:
+        lines += [f"{measure.name} {measure.name.lower()} x {measure.name}", f"x {measure.everyday} {measure.unit}"]
+        lines.append(measure.everyday[0].upper() + measure.everyday[1:])
+    for dimension in (*DIMENSIONS, MONTHS):
+        lines.append(f"{dimension.name} x {dimension.name} {dimension.one} {dimension.preposition}")
+        lines += [f"{item} x {item}" for item in dimension.items]
+    for board in (*BOARDS, *FLOWS):
+        lines += [f"{t} x {t.lower()}" for t in (board.title, board.everyday, board.noun, board.caption)]
+        lines += [board.everyday[0].upper() + board.everyday[1:]]
+        lines += [f"{heading} x {heading}" for heading in board.headings]
+    lines += [f"{word} x {word}" for word in (*SURNAMES, *ORGANISATIONS, *SHORT_MONTHS.values())]
+    lines += sorted({f"{word} x {word}" for e in entities("train") for word in e.emblem.split()})
+    return tuple(lines)
+
+
+def _strings(value: Any) -> list[str]:
+    parts = value.values() if isinstance(value, dict) else value
+    return [part.replace("{", " ").replace("}", " ") for part in parts if isinstance(part, str)]
+
+
+def _name_parts() -> list[str]:
+    """First and second halves of the coined entity names, so that an unseen name is two or three tokens."""
+    from vrag_lib import minidocs_content
+
+    return [f"x {start} {start}" for start in minidocs_content._STARTS] + list(minidocs_content._ENDS)
+
+
+def build_tokenizer() -> Any:
+    """A Qwen2Tokenizer: bytes, whole words of `vocabulary_text`, digits one by one, Qwen's special tokens, the tags."""
+    ensure_torchvision()
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, trainers
+    from tokenizers.models import BPE
+    from transformers import Qwen2Tokenizer
+    from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+    trained = Tokenizer(BPE())
+    trained.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated")
+    trained.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    trained.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=6000, initial_alphabet=alphabet, show_progress=False)
+    trained.train_from_iterator([*vocabulary_text(), *_name_parts()], trainer)
+    model = json.loads(trained.to_str())["model"]
+    tokenizer = Qwen2Tokenizer(
+        vocab=model["vocab"],
+        merges=[tuple(pair) for pair in model["merges"]],
+        unk_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        extra_special_tokens=list(SPECIAL_TOKENS[1:]),
+        padding_side="left",
+    )
+    tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in ACTION_TAGS])
+    return tokenizer
+
+
+def build_policy(seed: int = 0) -> tuple[Any, Any]:
+    """The policy with random weights and its processor: Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor.
+
+    Shown images have between `MIN_PIXELS` and `MAX_PIXELS`; pixels are scaled to [-1, 1].
+    """
+    ensure_torchvision()
+    import torch
+    from transformers import (
+        GenerationConfig,
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2_5_VLProcessor,
+        Qwen2VLImageProcessor,
+        Qwen2VLVideoProcessor,
+    )
+
+    tokenizer = build_tokenizer()
+    end, pad = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    names = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>",
+             "vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}  # fmt: skip
+    config = Qwen2_5_VLConfig(
+        text_config=_LANGUAGE
+        | {"vocab_size": len(tokenizer), "bos_token_id": None, "eos_token_id": end, "pad_token_id": pad},
+        vision_config=_VISION,
+        tie_word_embeddings=True,
+        **{key: tokenizer.convert_tokens_to_ids(token) for key, token in names.items()},
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen2_5_VLForConditionalGeneration(config)
+    model.generation_config = GenerationConfig(eos_token_id=[end, pad], pad_token_id=pad)
+    half = [0.5, 0.5, 0.5]
+    images = Qwen2VLImageProcessor(min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS, image_mean=half, image_std=half)
+    processor = Qwen2_5_VLProcessor(
+        image_processor=images,
+        tokenizer=tokenizer,
+        video_processor=Qwen2VLVideoProcessor(image_mean=half, image_std=half),
+        chat_template=CHAT_TEMPLATE,
+    )
+    return model, processor
