@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -138,6 +139,28 @@ def test_a_folder_that_gives_nothing_is_an_error_with_a_remedy(tmp_path: Path) -
         Corpus.from_folder(tmp_path, tmp_path / "cache")
 
 
+def test_damaged_files_never_raise(tmp_path: Path) -> None:
+    good = write_pdf(tmp_path / "good.pdf", [PdfPage([(30, 300, 20, "words")]), PdfPage()]).read_bytes()
+    rng = random.Random(0)
+    for index in range(60):
+        damaged = bytearray(good)
+        for _ in range(rng.randint(1, 30)):
+            damaged[rng.randrange(len(damaged))] = rng.randrange(256)
+        (tmp_path / f"{index}.pdf").write_bytes(damaged[: rng.randint(1, len(damaged))])
+    corpus = Corpus.from_folder(tmp_path, tmp_path / "cache")
+    assert "good_2" in corpus
+    for index in range(60):  # each file gave pages, or a problem, or both
+        name = f"{index}.pdf"
+        assert any(d.path.name == name for d in corpus.documents) or any(name in p.path for p in corpus.problems)
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    words_pdf(tmp_path / "d.pdf", "One")
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(CorpusError, match=r"cache folder .* cannot be written .*VRAG_CACHE"):
+        Corpus.from_folder(tmp_path / "d.pdf", tmp_path / "cache")
+
+
 def test_one_file_and_linked_folders(tmp_path: Path) -> None:
     file = words_pdf(tmp_path / "elsewhere" / "one.pdf", "Alone")
     assert Corpus.from_folder(file, tmp_path / "cache").page_ids == ("one_1",)
@@ -169,6 +192,12 @@ def test_lines_split_at_gutters_and_join_at_superscripts(tmp_path: Path) -> None
     )
     corpus = Corpus.from_folder(write_pdf(tmp_path / "lines.pdf", [page]), tmp_path / "cache")
     assert [line.text for line in corpus.pages[0].lines] == ["left column", "right column", "energy is mc2 and more"]
+
+
+def test_lines_that_the_content_lists_upside_down_are_turned(tmp_path: Path) -> None:
+    page = PdfPage([(20, 200, 12, "second line"), (20, 214, 12, "first line"), (20, 100, 12, "another paragraph")])
+    corpus = Corpus.from_folder(write_pdf(tmp_path / "order.pdf", [page]), tmp_path / "cache")
+    assert corpus.pages[0].text == "first line\nsecond line\nanother paragraph"
 
 
 def test_a_layer_of_unmapped_characters_is_none(tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ from PIL import Image
 
 from vrag_lib.corpus import Corpus, Document, Page, Question
 from vrag_lib.corpus_formats import (
-    NUMBERED_PAGE_IMAGE,
     answerable,
     check_gold,
     load_dataset,
@@ -247,9 +246,10 @@ def test_datasets_load_from_their_published_layouts(tmp_path: Path, caplog: pyte
     corpus, asked = load_dataset("slidevqa", original, cache_dir=tmp_path / "cache")
     assert len(corpus) == 3 and check_gold(corpus, asked) == []
 
-    images = tmp_path / "images"
-    (images / "img").mkdir(parents=True)
-    for name in ("d.1_1.jpg", "d.1_2.jpg"):
-        Image.new("RGB", (64, 48), (len(name), 1, int(name[-5]))).save(images / "img" / name)
-    corpus = Corpus.from_folder(images / "img", tmp_path / "cache", page_pattern=NUMBERED_PAGE_IMAGE)
-    assert corpus.page_ids == ("d.1_1", "d.1_2")
+    paper = tmp_path / "paper"
+    (paper / "img").mkdir(parents=True)
+    for number in (1, 2):
+        Image.new("RGB", (64, 48), (0, 0, number)).save(paper / f"img/d.1_{number}.jpg")
+    _write(paper / "rag_dataset.json", {"examples": [_item(meta={"file_name": "d.1.pdf", "reference_page": [2]})]})
+    corpus, asked = load_dataset("unified", paper, cache_dir=tmp_path / "cache")
+    assert corpus.page_ids == ("d.1_1", "d.1_2") and check_gold(corpus, asked) == []

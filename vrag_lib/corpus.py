@@ -279,7 +279,13 @@ def _render_missing(
     tasks = {}
     for source in sources:
         folder = folders[source.sha256]
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CorpusError(
+                f"the cache folder {folder.parent} cannot be written ({error.strerror}); name another as cache_dir or "
+                "in the environment variable VRAG_CACHE"
+            ) from error
         present = set(os.listdir(folder))
         for first, last in chunks(source.page_count):
             records = read_json(chunk_file(folder, first))

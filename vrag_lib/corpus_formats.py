@@ -146,7 +146,7 @@ def load_dataset(
     """The pages and questions of a benchmark in a local folder: `unified`, `vidoseek`, `slidevqa` or `mmlongbench_doc`.
 
     Documents are looked for in the folder's `{name}_pdf_document`, `documents`, `pdf`, `images` or `img`, else in the
-    folder itself; page images named as SlideVQA or the paper's code name them become the pages of one document.
+    folder itself; page images in `images`, named as SlideVQA's, or in `img`, named as the paper's, make up documents.
     `prefix` goes before document ids and file names, `corpus_options` to `Corpus.from_folder`. Gold pages that the
     corpus lacks are logged (see `check_gold`). Raises CorpusError as `load_questions` and `Corpus.from_folder` do.
     """
@@ -158,7 +158,7 @@ def load_dataset(
         questions = answerable(questions)
     folders = [root / folder.format(name=name) for folder in _DOCUMENT_FOLDERS]
     folder = next((folder for folder in folders if folder.is_dir()), root)
-    pattern = SLIDEVQA_PAGE_IMAGE if name == "slidevqa" and folder.name == "images" else NUMBERED_PAGE_IMAGE
+    pattern = {"img": NUMBERED_PAGE_IMAGE, "images": SLIDEVQA_PAGE_IMAGE}.get(folder.name)
     corpus = Corpus.from_folder(folder, **{"page_pattern": pattern, **corpus_options})
     if prefix:
         corpus = corpus.with_prefix(prefix)
