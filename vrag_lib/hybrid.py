@@ -203,35 +203,34 @@ class HybridRetriever:
 class RerankRetriever:
     """The first `depth` pages of a retriever, ordered anew by `score(query, page_ids)`; the rest stay behind them.
 
-    The new ranking is fused with the old by reciprocal rank fusion (`fuse=True`), so that a page which the first stage
-    is sure of is not lost to one bad score, or replaces it.
+    Both scores, each scaled to 0..1 over these pages, are added, so that a page which the first stage is sure of is not
+    lost to one bad second opinion. Pages behind them keep their order; scores are comparable within a query only.
     """
 
     def __init__(
         self,
         base: Retriever,
         score: Callable[[str, Sequence[str]], Sequence[float] | np.ndarray],
-        depth: int = 20,
-        fuse: bool = True,
+        depth: int = 10,
         name: str | None = None,
     ) -> None:
         self.page_ids = base.page_ids
         self.name = name or f"{base.name}+rerank"
-        self._base, self._score, self._depth, self._fuse = base, score, depth, fuse
+        self._base, self._score, self._depth = base, score, depth
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
-        """For each query the best `k` pages; scores are reciprocal ranks, comparable within a query only."""
+        """For each query the best `k` pages."""
         results = self._base.search(queries, max(k, self._depth))
         return [self._rerank(query, hits)[:k] for query, hits in zip(queries, results, strict=True)]
 
     def _rerank(self, query: str, hits: list[Hit]) -> list[Hit]:
         head, tail = hits[: self._depth], hits[self._depth :]
         scores = self._score(query, [hit.page_id for hit in head])
-        new = [Hit(hit.page_id, float(score)) for hit, score in zip(head, scores, strict=True)]
-        new.sort(key=lambda hit: -hit.score)  # stable: ties stay in the first stage's order
-        head = fuse_rankings([head, new]) if self._fuse else fuse_rankings([new])
-        lowest = head[-1].score if head else 1.0
-        return head + [Hit(hit.page_id, lowest / (1 + rank)) for rank, hit in enumerate(tail, start=1)]
+        second = [Hit(hit.page_id, float(score)) for hit, score in zip(head, scores, strict=True)]
+        first_scaled, second_scaled = scale_scores(head), scale_scores(second)
+        sums = [first_scaled[hit.page_id] + second_scaled[hit.page_id] for hit in head]
+        ranked = rank_hits([hit.page_id for hit in head], sums, len(head))
+        return ranked + [Hit(hit.page_id, -float(rank)) for rank, hit in enumerate(tail, start=1)]
 
 
 def _gmm(hits: Sequence[Hit], topk: int, min_valid: int) -> list[Hit]:

