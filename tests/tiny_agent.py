@@ -5,22 +5,28 @@ from __future__ import annotations
 
 import atexit
 import hashlib
+import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from helpers import FakeRetriever
 from PIL import Image, ImageDraw
 
-from vrag_lib.actions import ActionKind
 from vrag_lib.config import EnvironmentConfig
 from vrag_lib.corpus import Corpus, Document, Page, Question
 from vrag_lib.geometry import Size
-from vrag_lib.policy import ScriptedPolicy
+from vrag_lib.policy import Conversation, Reply, ScriptedPolicy
+from vrag_lib.policy_transformers import TransformersPolicy, sampling_logprobs
 from vrag_lib.rollout import rollout
+from vrag_lib.torch_setup import ensure_torchvision
 from vrag_lib.trajectory import Trajectory
+
+if TYPE_CHECKING:
+    import torch
 
 ENVIRONMENT = EnvironmentConfig(max_turns=4, min_pixels=4 * 28 * 28, max_pixels=12 * 28 * 28)
 """Images of 4 to 12 vision tokens."""
@@ -40,15 +46,16 @@ SCRIPTS = (
 
 @cache
 def scratch() -> Path:
-    """A folder for the whole test run."""
-    folder = Path(tempfile.mkdtemp(prefix="tiny-agent-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
+    """A folder for the whole test run; child processes find their parent's in the environment."""
+    if "TINY_AGENT" not in os.environ:
+        os.environ["TINY_AGENT"] = tempfile.mkdtemp(prefix="tiny-agent-")
+        atexit.register(shutil.rmtree, os.environ["TINY_AGENT"], ignore_errors=True)
+    return Path(os.environ["TINY_AGENT"])
 
 
 @cache
 def corpus() -> Corpus:
-    folder = scratch() / "pages"
+    folder = scratch() / f"pages-{os.getpid()}"
     folder.mkdir()
     pages = []
     for number, size in enumerate([(150, 100), (100, 150), (120, 120), (200, 90)], 1):
@@ -76,9 +83,20 @@ def scripted(scripts: Sequence[Sequence[str]] = SCRIPTS) -> list[Trajectory]:
 
 @cache
 def random_checkpoint() -> Path:
+    """The tiny Qwen2.5-VL with two of its four layers: half the time of every test."""
+    ensure_torchvision()
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
     from vrag_lib.scale_model import build_tiny_qwen2_5_vl
 
-    return build_tiny_qwen2_5_vl(scratch() / "random", seed=0)
+    whole, path = build_tiny_qwen2_5_vl(scratch() / "whole", seed=0), scratch() / "random"
+    model = AutoModelForImageTextToText.from_pretrained(whole)
+    model.model.language_model.layers = model.model.language_model.layers[:2]
+    settings = model.config.text_config
+    settings.num_hidden_layers, settings.layer_types = 2, settings.layer_types[:2]
+    model.save_pretrained(path)
+    AutoProcessor.from_pretrained(whole).save_pretrained(path)
+    return path
 
 
 @cache
@@ -86,9 +104,39 @@ def trained_checkpoint() -> Path:
     """A checkpoint that acts: the random one fine-tuned on the scripts, all weights, with this package's SFT."""
     from vrag_lib.sft import SFTConfig, train_sft
 
-    config = SFTConfig(epochs=40, batch_size=4, micro_batch_size=4, learning_rate=3e-3, save_steps=1000)
+    config = SFTConfig(epochs=30, batch_size=4, micro_batch_size=4, learning_rate=3e-3, save_steps=1000)
     return train_sft(random_checkpoint(), scripted(), corpus(), config, scratch() / "sft", device="cpu")
 
 
-def actions(trajectory: Trajectory) -> list[ActionKind | None]:
-    return [reply.action and reply.action.kind for reply in trajectory.replies]
+@cache
+def random_policy() -> TransformersPolicy:
+    return TransformersPolicy.from_pretrained(random_checkpoint(), corpus(), device="cpu")
+
+
+class ForcedPolicy(TransformersPolicy):
+    """Draws the tokens that `script` (conversation, seed -> reply) spells, one by one, in the real sampling loop: its
+    log-probs are the sampler's, whatever the model would rather have said."""
+
+    def __init__(self, policy: TransformersPolicy, script: Callable[[Conversation, int], str], **settings: Any):
+        super().__init__(policy.model, policy.processor, corpus(), **{"max_reply_tokens": 64} | settings)
+        self.script = script
+
+    def generate(self, conversations: Sequence[Conversation], *, seeds: Sequence[int] | None = None) -> list[Reply]:
+        replies = [self.script(c, s) for c, s in zip(conversations, seeds, strict=True)]
+        self.waiting = {s: self.tokenizer.encode(r) for s, r in zip(seeds, replies, strict=True)}
+        return super().generate(conversations, seeds=seeds)
+
+    def _draw(self, logits: torch.Tensor, generators: Sequence[torch.Generator]) -> tuple[torch.Tensor, torch.Tensor]:
+        import torch
+
+        waiting = [self.waiting[g.initial_seed()] for g in generators]
+        chosen = torch.tensor([tokens.pop(0) if tokens else self._im_end for tokens in waiting])
+        logits[:, list(self.suppressed_token_ids)] = -torch.inf
+        return chosen, sampling_logprobs(logits, self.temperature, 1.0).gather(-1, chosen[:, None])[:, 0]
+
+
+def by_question(conversation: Conversation, seed: int) -> str:
+    """The script of the conversation's question; its answer is right for odd seeds only."""
+    number = next(i for i, q in enumerate(QUESTIONS) if q.query in conversation[0].text)
+    reply = SCRIPTS[number][len(conversation) // 2]
+    return reply.replace("</answer>", "0</answer>") if seed % 2 == 0 else reply

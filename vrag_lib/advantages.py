@@ -42,7 +42,7 @@ def group_relative(rewards: Sequence[float], group_size: int, std: bool = True) 
     advantages = groups - _mean(groups)
     if std:
         advantages = advantages / (_deviation(groups) + EPSILON)
-    return _known(np.where(_spread(groups)[:, None] > 0, advantages, 0.0))  # no rounding of the mean is left over
+    return _known(_zero_without_signal(advantages, groups))
 
 
 def leave_one_out(rewards: Sequence[float], group_size: int) -> np.ndarray:
@@ -57,9 +57,11 @@ def leave_one_out(rewards: Sequence[float], group_size: int) -> np.ndarray:
     array([0.25])
     """
     groups = _groups(rewards, group_size)
+    if group_size == 1:
+        return _known(groups)
     others = np.maximum(np.sum(~np.isnan(groups), axis=1, keepdims=True) - 1, 1)
     total = np.nansum(groups, axis=1, keepdims=True)
-    return _known(groups - (total - groups) / others)
+    return _known(_zero_without_signal(groups - (total - groups) / others, groups))
 
 
 def has_signal(rewards: Sequence[float], group_size: int, tolerance: float = 1e-8) -> np.ndarray:
@@ -188,7 +190,12 @@ def _deviation(groups: np.ndarray) -> np.ndarray:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         deviation = np.nanstd(groups, axis=1, ddof=1, keepdims=True)
-    return np.where(_spread(groups)[:, None] > 0, deviation, 0.0)
+    return _zero_without_signal(deviation, groups)
+
+
+def _zero_without_signal(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """`values` with exactly 0, not what rounding left, for groups whose known rewards are all the same."""
+    return np.where(_spread(groups)[:, None] > 0, values, 0.0)
 
 
 def _spread(groups: np.ndarray) -> np.ndarray:

@@ -207,7 +207,7 @@ def _trainer(
         dataset_kwargs={"skip_prepare_dataset": True},
     )
     everything = [*examples, *held_out]
-    return Trainer(
+    trainer = Trainer(
         model=policy.model,
         args=arguments,
         train_dataset=Dataset.from_dict({"example": range(len(examples))}),
@@ -216,3 +216,7 @@ def _trainer(
         processing_class=policy.processor,
         peft_config=lora_config(config.lora_rank, config.lora_alpha, config.lora_targets),
     )
+    # Lets TRL divide by the trained tokens of the whole batch. Qwen2.5-VL says it cannot, which is about a loss of its
+    # own that TRL does not use; each micro-batch would be averaged by itself, and short ones would count for more.
+    trainer.model_accepts_loss_kwargs = True
+    return trainer

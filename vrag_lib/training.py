@@ -134,13 +134,24 @@ class RunFolder:
         super().log(logs, start_time)
         if "train_runtime" in logs or not self.is_world_process_zero():
             return
-        self.metrics_file.add(self.state.global_step, logs)
+        kept = {name: value for name, value in logs.items() if name != "num_tokens"}  # TRL's count forgets a resume
+        self.metrics_file.add(self.state.global_step, kept)
         self._bar.update(self.state.global_step - self._bar.n)
         self._bar.set_postfix({k: f"{logs[k]:.3f}" for k in ("loss", "reward") if logs.get(k) is not None})
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)  # a pickle
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        model = model if model is not None else self.model
+        if hasattr(model, "peft_config") or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        # The Trainer reads the file's tensors by name, but transformers stores Qwen2.5-VL under other names than its
+        # modules have; nothing would be loaded, with a warning. Loading the checkpoint as a model knows both.
+        saved = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype)
+        model.load_state_dict(saved.state_dict())
+        return None
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:

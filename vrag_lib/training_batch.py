@@ -109,7 +109,7 @@ def token_logprobs(
         return nothing, nothing.detach()
     chosen = logits[rows, torch.searchsorted(kept, columns - 1)]  # (n, V)
     targets = ids[rows, columns]
-    suppressed = torch.tensor(policy.suppressed_token_ids, device=ids.device)
+    suppressed = torch.tensor(policy.suppressed_token_ids, dtype=torch.long, device=ids.device)
 
     def score(chunk: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         scores = chunk.float().index_fill(-1, suppressed, -torch.inf)

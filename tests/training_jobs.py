@@ -1,0 +1,113 @@
+"""Trainings that tests run in processes of their own: to be killed, or to share one batch."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tiny_agent
+from tiny_agent import ENVIRONMENT, QUESTIONS, corpus, retriever, scripted
+
+SFT = {"epochs": 2, "batch_size": 2, "micro_batch_size": 1, "learning_rate": 1e-3, "save_steps": 1}
+"""Four steps on four trajectories; the second epoch begins with step 3."""
+
+GRPO = {
+    "steps": 4,
+    "questions_per_step": 2,
+    "group_size": 4,
+    "micro_batch_size": 4,
+    "learning_rate": 2e-3,
+    "warmup_steps": 0,
+    "lora_rank": 4,
+    "lora_alpha": 8,
+    "temperature": 0.7,
+    "max_reply_tokens": 16,
+    "rollout_batch_size": 8,
+    "save_steps": 2,
+}
+
+
+def die(*_: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run_sft(folder: Path, die_at_batch: int = 0) -> Path:
+    """SFT of the random checkpoint; SIGKILL when the given micro-batch (1, 2, ...) is collated."""
+    import torch
+
+    from vrag_lib import sft
+
+    torch.set_num_threads(1)
+    whole, calls = sft.collate, []
+
+    def collate(*arguments: Any) -> Any:
+        calls.append(0)
+        return die() if len(calls) == die_at_batch else whole(*arguments)
+
+    sft.collate = collate
+    try:
+        checkpoint = tiny_agent.random_checkpoint()
+        return sft.train_sft(checkpoint, scripted(), corpus(), sft.SFTConfig(**SFT), folder, seed=5, device="cpu")
+    finally:
+        sft.collate = whole
+
+
+def run_grpo(folder: Path, die_at_rollout: int = 0, **settings: Any) -> Path:
+    """GRPO of the checkpoint that acts; SIGKILL when the given rollout (1, 2, ...) begins."""
+    import torch
+
+    from vrag_lib.grpo import GRPOConfig, train_grpo
+
+    torch.set_num_threads(1)
+    calls = []
+
+    def sampler(policy: Any) -> Any:
+        calls.append(0)
+        return die() if len(calls) == die_at_rollout else policy
+
+    return train_grpo(
+        tiny_agent.trained_checkpoint(),
+        QUESTIONS,
+        corpus(),
+        retriever(),
+        GRPOConfig(**GRPO | settings),
+        folder,
+        environment=ENVIRONMENT,
+        sampler=sampler,
+        seed=3,
+        device="cpu",
+    )
+
+
+def start(target: Callable[..., Any], *arguments: Any, **settings: Any) -> multiprocessing.Process:
+    """Run `target` in a process forked from a server that has imported everything and computed nothing."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["training_jobs", "vrag_lib.grpo_trainer"])
+    process = context.Process(target=target, args=arguments, kwargs=settings)
+    process.start()
+    return process
+
+
+def start_together(count: int, target: Callable[..., Any], *arguments: Any, **settings: Any) -> list[Any]:
+    """`count` processes that train together, as `accelerate launch` would start them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return [start(_join, rank, count, port, target, arguments, settings) for rank in range(count)]
+
+
+def _join(rank: int, count: int, port: int, target: Callable[..., Any], arguments: tuple, settings: dict) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "ACCELERATE_USE_CPU": "true",
+    }
+    target(*arguments, **settings)
