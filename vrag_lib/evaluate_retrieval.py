@@ -107,7 +107,7 @@ def evaluate_retriever(retriever: Retriever, questions: Sequence[Question], dept
 
 
 class _Clock:
-    """`seconds` of a with block: wall-clock, and of this process on all cores, which a busy machine does not stretch."""
+    """`seconds` of a with block: wall-clock, and those of this process on all cores, which load does not stretch."""
 
     def __enter__(self) -> _Clock:
         self._start = time.perf_counter(), time.process_time()

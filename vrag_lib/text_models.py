@@ -37,6 +37,15 @@ MODELS = {
 }
 
 
+def well_formed(text: str) -> str:
+    """The text with lone surrogates, which no tokenizer takes and broken PDFs and models produce, as question marks.
+
+    >>> well_formed("a\\ud800b")
+    'a?b'
+    """
+    return text.encode(errors="replace").decode()
+
+
 class _OnnxModel:
     """A BERT-type model: token ids in, arrays out."""
 
@@ -80,7 +89,7 @@ class SentenceEncoder(_OnnxModel):
 
     def encode(self, text: str) -> np.ndarray:
         """(384,) float32, unit length."""
-        state = self.run(self.tokenizer.encode(text).ids)[0]  # (T, 384) -> [CLS]
+        state = self.run(self.tokenizer.encode(well_formed(text)).ids)[0]  # (T, 384) -> [CLS]
         return state / max(np.linalg.norm(state), 1e-12)
 
     def encode_query(self, query: str) -> np.ndarray:
@@ -97,7 +106,7 @@ class CrossEncoder(_OnnxModel):
 
     def score(self, query: str, passages: Sequence[str]) -> np.ndarray:
         """(len(passages),) float32 logits; higher is more relevant."""
-        pairs = [self.tokenizer.encode(query, passage) for passage in passages]
+        pairs = [self.tokenizer.encode(well_formed(query), well_formed(passage)) for passage in passages]
         return np.array([self.run(pair.ids, pair.type_ids)[0] for pair in pairs], dtype=np.float32)
 
 

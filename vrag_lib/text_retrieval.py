@@ -26,7 +26,7 @@ from vrag_lib.corpus import Corpus
 from vrag_lib.hybrid import RerankRetriever, ScoreFusionRetriever
 from vrag_lib.rendering import write_atomically
 from vrag_lib.retrieval import Hit, Retriever, rank_hits
-from vrag_lib.text_models import CrossEncoder, SentenceEncoder, load_model
+from vrag_lib.text_models import CrossEncoder, SentenceEncoder, load_model, well_formed
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +114,7 @@ class BM25Retriever:
         import Stemmer
 
         stemmer = Stemmer.Stemmer("english") if self._stem else None
+        texts = [well_formed(text) for text in texts]
         return bm25s.tokenize(texts, stopwords="en", stemmer=stemmer, return_ids=False, show_progress=False)
 
 
