@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from typing import Any
 
+from loky import ProcessPoolExecutor
 from tqdm import tqdm
 
 
@@ -32,8 +33,8 @@ def run_tasks(
     may have been running are run again, each alone, and only one that kills its process again ends in WorkerCrash.
     `sizes` are the units that each task counts for in the progress bar (default 1).
 
-    Processes are spawned, so that no threads or native libraries of the caller are inherited; RuntimeError with the
-    remedy when they cannot be.
+    Processes are started afresh, so that no threads or native libraries of the caller are inherited, and without
+    importing the caller's main module: any script, notebook or interpreter can call this.
     """
     if not tasks:
         return
@@ -61,8 +62,7 @@ def _run_pool(
     function: Callable[..., Any], tasks: Sequence[tuple], pending: Iterator[int], workers: int
 ) -> Iterator[tuple[int, Any]]:
     """Run until `pending` is used up or the pool breaks; at most two tasks per worker are in flight."""
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent)
+    pool = ProcessPoolExecutor(workers, initializer=_end_with, initargs=(os.getpid(),))
     running: dict[Future, int] = {}
 
     def submit(indices: Iterable[int]) -> None:
@@ -75,7 +75,6 @@ def _run_pool(
             running[future] = index
 
     try:
-        _check_workers_start(pool)
         submit(islice(pending, 2 * workers))
         while running:
             done, _ = wait(running, return_when=FIRST_COMPLETED)
@@ -85,26 +84,15 @@ def _run_pool(
             if not any(isinstance(error, BrokenProcessPool) for error in errors.values()):
                 submit(islice(pending, len(done)))
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        pool.shutdown(wait=True, kill_workers=True)
 
 
-def _end_with_parent() -> None:
-    """Let this worker end when its parent is killed; it would otherwise wait for tasks for ever."""
+def _end_with(parent: int) -> None:
+    """Let this worker end when the process `parent` is killed; it would otherwise wait for tasks for ever."""
 
     def watch() -> None:
-        parent = multiprocessing.parent_process()
-        if parent is not None:
-            parent.join()
-            os._exit(1)
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def _check_workers_start(pool: ProcessPoolExecutor) -> None:
-    try:
-        pool.submit(int).result()
-    except BrokenProcessPool as error:
-        raise RuntimeError(
-            "worker processes cannot start; in a script, put the code that runs under `if __name__ == '__main__':`, "
-            "and do not feed the script to Python through its standard input"
-        ) from error
