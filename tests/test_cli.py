@@ -114,7 +114,6 @@ def test_an_empty_question_and_missing_settings_are_refused(documents, tmp_path,
         (["--policy", "transformers"], "policy.model="),
         (["--policy", "oracle"], "policy.kind is one of"),
         (["--retriever", "remote"], "retrieval.url="),
-        (["--retriever", "visual"], "retrieval.model="),
         (["--retriever", "magic"], "retrieval.kind is one of"),
         (["corpus.ocr=maybe"], "corpus.ocr is"),
     ]:

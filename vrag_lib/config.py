@@ -49,7 +49,8 @@ class RetrievalConfig:
     """How pages are found."""
 
     kind: str = _doc("text", "text (the default fusion), bm25, dense, visual or remote")
-    model: str = _doc("", "visual: path or hub id of a ColPali-family checkpoint")
+    model: str = _doc("", "visual: path or hub id of a ColPali-family checkpoint; empty: the laptop's own")
+    device: str = _doc("auto", "visual: auto, cpu or cuda")
     url: str = _doc("", "remote: base URL of a search server")
     depth: int = _doc(10, "pages ranked per query; one of them is shown (the authors' server returns 10)")
 

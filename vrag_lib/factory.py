@@ -52,9 +52,7 @@ def make_retriever(corpus: Corpus, config: Config) -> Retriever:
     if settings.kind == "visual":
         from vrag_lib.visual_retrieval import VisualRetriever
 
-        if not settings.model:
-            raise ConfigError("retrieval.kind=visual needs retrieval.model=, a path or hub id of a ColPali-type model")
-        return VisualRetriever.build(corpus, settings.model, cache_dir() / "visual")
+        return VisualRetriever.build(corpus, settings.model or laptop_colqwen2(), device=settings.device)
     if settings.kind == "remote":
         from vrag_lib.search_server import RemoteRetriever
 
@@ -62,6 +60,17 @@ def make_retriever(corpus: Corpus, config: Config) -> Retriever:
             raise ConfigError("retrieval.kind=remote needs retrieval.url=, the base URL of a search server")
         return RemoteRetriever(settings.url, corpus)
     raise ConfigError(f"retrieval.kind is one of {', '.join(RETRIEVERS)}, not {settings.kind!r}")
+
+
+def laptop_colqwen2() -> Path:
+    """The ColQwen2 that the laptop preset uses: the scale retriever that the repository ships; where there is none, a
+    tiny one with random weights, built on the spot, which shows that everything runs but finds nothing."""
+    shipped = Path(__file__).resolve().parent.parent / "data" / "scale_retriever_colqwen2"
+    if (shipped / "config.json").is_file():
+        return shipped
+    from vrag_lib.scale_model import build_tiny_colqwen2
+
+    return build_tiny_colqwen2(cache_dir() / "models" / "tiny-colqwen2")
 
 
 def make_policy(corpus: Corpus, config: Config) -> Policy:
