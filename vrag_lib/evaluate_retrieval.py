@@ -198,8 +198,9 @@ METHODS: dict[str, Callable[[Parts], Retriever]] = {
     "Dense + GMM": lambda parts: GMMRetriever(parts.dense()),
     "Hybrid + GMM": lambda parts: HybridRetriever(parts.dense(), parts.bm25("all")),
     "Default": lambda parts: fuse_text_retrievers(parts.bm25("all"), parts.dense()),
+    "Default, OCR where no layer": lambda parts: fuse_text_retrievers(parts.bm25("ocr"), parts.dense("ocr")),
 }
-"""The rows, in order. From `BM25, layer and OCR` on, all read the same text; the first is the reference."""
+"""The rows, in order; the first is the reference. From `BM25, layer and OCR` to `Default` all read the same text."""
 
 
 def run_eval_retrieval(
@@ -214,7 +215,7 @@ def run_eval_retrieval(
 
     Writes to `out_dir`: metrics.csv (a row per method), questions/<method>.parquet (a row per question, with its
     ranking), config.json (dataset, settings, provenance), recall.png. A method whose parquet file is there, made of
-    the same corpus and questions, is read and not run again. OCR is cached as always; its seconds per page are
+    the same corpus and questions, is read and not run again; delete the file to measure changed code. OCR is cached as always; its seconds per page are
     measured on `ocr_sample` pages of each kind in an empty cache.
 
     Raises CorpusError when the folder holds no benchmark or none of its documents can be read.
@@ -342,4 +343,5 @@ def _write_results(
     record["provenance"]["versions"] |= {name: metadata.version(name) for name in _RECORDED}
     write_atomically(out / "config.json", (json.dumps(record, indent=1) + "\n").encode())
     write_atomically(out / "metrics.csv", summary.to_csv(index=False, float_format="%.4f").encode())
-    save_figure(interval_bars(summary, "method", ["R@1", "R@5", "R@10"], "recall, %"), out / "recall.png")
+    drawn = summary.assign(method=summary["method"].str.replace(", ", ",\n"))
+    save_figure(interval_bars(drawn, "method", ["R@1", "R@5", "R@10"], "recall, %"), out / "recall.png")
