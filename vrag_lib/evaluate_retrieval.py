@@ -215,8 +215,8 @@ def run_eval_retrieval(
 
     Writes to `out_dir`: metrics.csv (a row per method), questions/<method>.parquet (a row per question, with its
     ranking), config.json (dataset, settings, provenance), recall.png. A method whose parquet file is there, made of
-    the same corpus and questions, is read and not run again; delete the file to measure changed code. OCR is cached as always; its seconds per page are
-    measured on `ocr_sample` pages of each kind in an empty cache.
+    the same corpus and questions, is read and not run again; delete the file to measure changed code. OCR is cached
+    as always; its seconds per page are measured on `ocr_sample` pages of each kind in an empty cache.
 
     Raises CorpusError when the folder holds no benchmark or none of its documents can be read.
     """
