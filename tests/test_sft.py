@@ -140,17 +140,16 @@ def weights(folder):
 @pytest.fixture(scope="module")
 def whole_run():
     folder = scratch() / "sft-whole"
-    return folder, training_jobs.run_sft(folder)
+    return folder, training_jobs.run_sft(random_checkpoint(), folder)
 
 
 def test_killed_and_resumed_ends_as_if_it_had_never_stopped(whole_run):
-    random_checkpoint()
     folder = scratch() / "sft-killed"
-    process = training_jobs.start(training_jobs.run_sft, folder, die_at_batch=6)  # the second half of step 3
-    process.join(120)
-    assert process.exitcode == -signal.SIGKILL
+    second_half_of_step_3 = 6
+    process = training_jobs.start(training_jobs.run_sft, random_checkpoint(), folder, second_half_of_step_3)
+    assert training_jobs.finish([process]) == [-signal.SIGKILL]
     assert [row["step"] for row in read(folder / "metrics.csv")] == ["1", "2"]
-    resumed = training_jobs.run_sft(folder)
+    resumed = training_jobs.run_sft(random_checkpoint(), folder)
     assert weights(resumed) == weights(whole_run[1])
     assert read(folder / "metrics.csv") == read(whole_run[0] / "metrics.csv")
 

@@ -6,11 +6,11 @@ import multiprocessing
 import os
 import signal
 import socket
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import tiny_agent
 from tiny_agent import ENVIRONMENT, QUESTIONS, corpus, retriever, scripted
 
 SFT = {"epochs": 2, "batch_size": 2, "micro_batch_size": 1, "learning_rate": 1e-3, "save_steps": 1}
@@ -36,8 +36,8 @@ def die(*_: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def run_sft(folder: Path, die_at_batch: int = 0) -> Path:
-    """SFT of the random checkpoint; SIGKILL when the given micro-batch (1, 2, ...) is collated."""
+def run_sft(checkpoint: Path, folder: Path, die_at_batch: int = 0) -> Path:
+    """Supervised fine-tuning on the scripts; SIGKILL when the given micro-batch (1, 2, ...) is collated."""
     import torch
 
     from vrag_lib import sft
@@ -51,14 +51,13 @@ def run_sft(folder: Path, die_at_batch: int = 0) -> Path:
 
     sft.collate = collate
     try:
-        checkpoint = tiny_agent.random_checkpoint()
         return sft.train_sft(checkpoint, scripted(), corpus(), sft.SFTConfig(**SFT), folder, seed=5, device="cpu")
     finally:
         sft.collate = whole
 
 
-def run_grpo(folder: Path, die_at_rollout: int = 0, **settings: Any) -> Path:
-    """GRPO of the checkpoint that acts; SIGKILL when the given rollout (1, 2, ...) begins."""
+def run_grpo(checkpoint: Path, folder: Path, die_at_rollout: int = 0, **settings: Any) -> Path:
+    """GRPO on the questions; SIGKILL when the given rollout (1, 2, ...) begins."""
     import torch
 
     from vrag_lib.grpo import GRPOConfig, train_grpo
@@ -71,7 +70,7 @@ def run_grpo(folder: Path, die_at_rollout: int = 0, **settings: Any) -> Path:
         return die() if len(calls) == die_at_rollout else policy
 
     return train_grpo(
-        tiny_agent.trained_checkpoint(),
+        checkpoint,
         QUESTIONS,
         corpus(),
         retriever(),
@@ -91,6 +90,20 @@ def start(target: Callable[..., Any], *arguments: Any, **settings: Any) -> multi
     process = context.Process(target=target, args=arguments, kwargs=settings)
     process.start()
     return process
+
+
+def finish(processes: Sequence[multiprocessing.Process], seconds: float = 240) -> list[int | None]:
+    """Exit codes; what has not ended by itself in time, or when another failed, is killed."""
+    deadline = time.monotonic() + seconds
+    while any(p.is_alive() for p in processes) and not any(p.exitcode for p in processes):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+        process.join()
+    return codes
 
 
 def start_together(count: int, target: Callable[..., Any], *arguments: Any, **settings: Any) -> list[Any]:

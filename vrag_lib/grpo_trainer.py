@@ -39,6 +39,7 @@ from vrag_lib.grpo import (
     row_seed,
     step_advantages,
 )
+from vrag_lib.policy import Conversation, Policy, Reply
 from vrag_lib.policy_transformers import TransformersPolicy
 from vrag_lib.retrieval import Retriever
 from vrag_lib.rollout import rollout
@@ -68,6 +69,19 @@ class Item:
     sampled: torch.Tensor
     old: torch.Tensor | None = None
     reference: torch.Tensor | None = None
+
+
+class GuardedSampler:
+    """A sampler whose replies with image placeholders become errors: in a context they would stand for an image that
+    is not there, and the next forward pass over the batch would fail or, worse, mix up the images."""
+
+    def __init__(self, sampler: Policy, forbidden: Sequence[int]):
+        self.name, self.sampler, self.forbidden = sampler.name, sampler, frozenset(forbidden)
+
+    def generate(self, conversations: Sequence[Conversation], *, seeds: Sequence[int] | None = None) -> list[Reply]:
+        replies = self.sampler.generate(conversations, seeds=seeds)
+        error = Reply("", finish_reason="error", error="the sampler let image placeholders through; suppress them")
+        return [error if self.forbidden.intersection(reply.token_ids or ()) else reply for reply in replies]
 
 
 class QuestionSampler(torch.utils.data.Sampler):
@@ -193,7 +207,7 @@ class AgentGRPOTrainer(RunFolder, trl.GRPOTrainer):
         sampler = self.agent if self.sampler is None else self.sampler(self.agent)
         self._sums["seconds_synchronise"] += time.perf_counter() - start
         trajectories = rollout(
-            sampler,
+            GuardedSampler(sampler, self.agent.suppressed_token_ids),
             [self.questions[i] for i in question_indices],
             self.corpus,
             self.retriever,
