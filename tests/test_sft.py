@@ -205,8 +205,13 @@ def test_checkpoints_hold_no_pickle_and_a_half_written_one_is_passed_over(whole_
 def test_a_merged_adapter_gives_the_logits_of_the_adapted_model(policy, tmp_path):
     from peft import PeftModel
 
-    config = SFTConfig(epochs=2, batch_size=4, micro_batch_size=4, learning_rate=1e-2, lora_rank=4, save_steps=100)
-    adapter = train_sft(random_checkpoint(), scripted(), corpus(), config, tmp_path / "run", device="cpu")
+    config = SFTConfig(epochs=2, batch_size=4, micro_batch_size=4, learning_rate=1e-2, lora_rank=4, save_steps=2)
+    adapter = train_sft(
+        random_checkpoint(), scripted(), corpus(), config, tmp_path / "run", validation=scripted()[:1], device="cpu"
+    )
+    last = read(tmp_path / "run" / "metrics.csv")[-1]
+    assert float(last["eval_loss"]) > 0
+    assert 0 <= float(last["eval_mean_token_accuracy"]) <= 1
     names = json.loads((adapter / "adapter_config.json").read_text())["target_modules"]
     assert "language_model" in str(names)
     merged = TransformersPolicy.from_pretrained(

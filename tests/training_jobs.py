@@ -17,7 +17,7 @@ SFT = {"epochs": 2, "batch_size": 2, "micro_batch_size": 1, "learning_rate": 1e-
 """Four steps on four trajectories; the second epoch begins with step 3."""
 
 GRPO = {
-    "steps": 4,
+    "steps": 3,
     "questions_per_step": 2,
     "group_size": 4,
     "micro_batch_size": 4,

@@ -26,7 +26,7 @@ from vrag_lib.config import EnvironmentConfig, _doc
 from vrag_lib.corpus import Corpus, Question
 from vrag_lib.policy import Policy
 from vrag_lib.retrieval import Retriever
-from vrag_lib.training import LORA_TARGETS
+from vrag_lib.training import LORA_TARGETS, last_checkpoint, process_count
 from vrag_lib.trajectory import StopReason, Trajectory
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class GRPOConfig:
     iterations: int = _doc(1, "times a rollout is trained on")
     micro_batch_size: int = _doc(1, "trajectories per forward pass and process")
     learning_rate: float = _doc(1e-6, "peak learning rate of AdamW (LoRA: about ten times as much)")
-    warmup_steps: int = _doc(5, "optimizer steps over which the learning rate rises")
+    warmup_steps: int = _doc(5, "optimizer steps over which the learning rate rises, from 0 at the first")
     schedule: str = _doc("constant_with_warmup", "after the warm-up: constant_with_warmup, linear or cosine")
     max_grad_norm: float = _doc(1.0, "gradients are scaled down to this norm")
     advantage: str = _doc("group", "baseline of a reward: group (mean of the group) or leave_one_out")
@@ -223,14 +223,11 @@ def train_grpo(
 
     Raises ValueError for settings that do not fit each other, or without questions.
     """
-    from accelerate import PartialState
-
     from vrag_lib.grpo_trainer import AgentGRPOTrainer
     from vrag_lib.policy_transformers import TransformersPolicy
     from vrag_lib.rewards import score
-    from vrag_lib.training import last_checkpoint
 
-    config.validate(PartialState().num_processes)
+    config.validate(process_count())
     if not questions:
         raise ValueError("there are no questions to train on")
     policy = TransformersPolicy.from_pretrained(

@@ -44,7 +44,7 @@ from vrag_lib.policy_transformers import TransformersPolicy
 from vrag_lib.retrieval import Retriever
 from vrag_lib.rollout import rollout
 from vrag_lib.torch_setup import ensure_torchvision
-from vrag_lib.training import RunFolder, freeze_vision, lora_config
+from vrag_lib.training import RunFolder, freeze_vision, lora_config, process_count
 from vrag_lib.training_batch import Example, UntrainableError, batched, empty_example, example_of, token_logprobs
 from vrag_lib.trajectory import Trajectory, write_trajectories
 
@@ -52,7 +52,6 @@ ensure_torchvision()
 
 import torch  # noqa: E402
 import trl  # noqa: E402
-from accelerate import PartialState  # noqa: E402
 from accelerate.utils import gather_object  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from trl.trainer.utils import use_adapter  # noqa: E402
@@ -355,8 +354,7 @@ def _unused_reward(**_: Any) -> list[float]:
 
 def _arguments(config: GRPOConfig, folder: Path, seed: int, on_gpu: bool) -> trl.GRPOConfig:
     """The settings as TRL's. Sampling, rewards, advantages and loss have none there: they are not TRL's."""
-    processes = PartialState().num_processes
-    passes = config.rows // (config.micro_batch_size * processes)
+    passes = config.rows // (config.micro_batch_size * process_count())
     updates = config.updates_per_step * config.iterations
     return trl.GRPOConfig(
         output_dir=str(folder),

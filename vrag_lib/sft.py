@@ -19,7 +19,7 @@ from vrag_lib.config import _doc
 from vrag_lib.corpus import Corpus
 from vrag_lib.policy_transformers import TransformersPolicy
 from vrag_lib.torch_setup import ensure_torchvision
-from vrag_lib.training import LORA_TARGETS, RunFolder, freeze_vision, last_checkpoint, lora_config
+from vrag_lib.training import LORA_TARGETS, RunFolder, freeze_vision, last_checkpoint, lora_config, process_count
 from vrag_lib.training_batch import Example, UntrainableError, example_of
 from vrag_lib.trajectory import Trajectory
 
@@ -168,13 +168,12 @@ def _trainer(
     seed: int,
 ) -> Any:
     import trl
-    from accelerate import PartialState
     from datasets import Dataset
 
     class Trainer(RunFolder, trl.SFTTrainer):
         """TRL's trainer with this package's checkpoints and curves."""
 
-    per_pass = config.micro_batch_size * PartialState().num_processes
+    per_pass = config.micro_batch_size * process_count()
     if config.batch_size % per_pass:
         raise ValueError(f"batch_size={config.batch_size} is not a multiple of the {per_pass} of one pass")
     on_gpu = policy.model.device.type == "cuda"

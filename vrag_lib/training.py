@@ -28,6 +28,11 @@ LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_p
 _STATE, _OPTIMIZER = "trainer_state.json", "optimizer.safetensors"
 
 
+def process_count() -> int:
+    """Processes that train together, as `accelerate launch` and `torchrun` tell each of them; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def lora_config(rank: int, alpha: int, targets: str = LORA_TARGETS) -> Any:
     """A PEFT LoraConfig without dropout, so that sampling and training see the same model; None for rank 0 (full)."""
     if rank == 0:
@@ -132,7 +137,10 @@ class RunFolder:
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         logs.update(self.step_metrics())
         super().log(logs, start_time)
-        if "train_runtime" in logs or not self.is_world_process_zero():
+        if "train_runtime" in logs:  # the summary at the end
+            self._bar.close()
+            return
+        if not self.is_world_process_zero():
             return
         kept = {name: value for name, value in logs.items() if name != "num_tokens"}  # TRL's count forgets a resume
         self.metrics_file.add(self.state.global_step, kept)
