@@ -92,7 +92,7 @@ def test_what_is_derived_comes_from_the_structure():
     record = example()
     assert record.answer == "x" and record.shown_pages == ("doc_1",)
     assert [image.is_crop for image in record.images] == [False, True] and record.evidence.view == CROP
-    assert record.total_reward == pytest.approx(0.8) and record.count(ActionKind.SEARCH) == 1
+    assert record.total_reward == pytest.approx(0.8) and record.count(ActionKind.SEARCH) == record.count("search") == 1
     assert len(record.replies) == 4
 
 

@@ -69,7 +69,9 @@ def run_notebook(
     from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
     notebook = nbformat.read(path, as_version=4)
-    client = NotebookClient(notebook, timeout=timeout_s, kernel_name="python3", allow_errors=False)
+    client = NotebookClient(
+        notebook, timeout=timeout_s, kernel_name="python3", allow_errors=False, coalesce_streams=True
+    )
     began = time.perf_counter()
     try:
         client.execute(cwd=str(repository()), env={**os.environ, **(environment or {})})

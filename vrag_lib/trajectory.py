@@ -157,7 +157,7 @@ class Trajectory:
 
     def count(self, kind: ActionKind) -> int:
         """Replies read as this action."""
-        return sum(1 for turn in self.turns if turn.action is not None and turn.action.kind is kind)
+        return sum(1 for turn in self.turns if turn.action is not None and turn.action.kind == kind)
 
     def with_rewards(self, rewards: Mapping[str, tuple[float, float]]) -> Trajectory:
         """The same trajectory with these rewards."""
