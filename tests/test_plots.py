@@ -5,11 +5,22 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import FakeCorpus
+from helpers import FakeCorpus, FakeRetriever
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from vrag_lib.corpus import Question
 from vrag_lib.geometry import Box, Size, View
-from vrag_lib.plots import boxes_figure, interval_bars, page_gallery, save_figure, score_mixture_figure, view_figure
+from vrag_lib.plots import (
+    boxes_figure,
+    interval_bars,
+    page_gallery,
+    save_figure,
+    score_mixture_figure,
+    trajectory_figure,
+    view_figure,
+)
+from vrag_lib.policy import ScriptedPolicy
+from vrag_lib.rollout import rollout
 from vrag_lib.trajectory import ImageRef
 
 CORPUS = FakeCorpus([Size(800, 600), Size(600, 900), Size(800, 600)])
@@ -36,6 +47,22 @@ def test_a_crop_is_drawn_where_its_view_says():
     patch = left.patches[0]
     assert (patch.get_x(), patch.get_y(), patch.get_width(), patch.get_height()) == (100, 200, 300, 300)
     assert f"{crop.shown.width} × {crop.shown.height}" in right.get_title()
+
+
+def test_a_trajectory_strip_shows_each_image_and_the_next_crops_box():
+    script = ["<search>1</search>", "<bbox>[50, 60, 250, 200]</bbox>", "<think>$x$</think><answer>$7_a^</answer>"]
+    retriever = FakeRetriever(CORPUS.page_ids)
+    record = rollout(ScriptedPolicy(script), [Question("q", "how $many_?", "7")], CORPUS, retriever)[0]
+    figure = trajectory_figure(record, CORPUS)
+    page, region = figure.axes
+    patch = page.patches[0]
+    assert abs(patch.get_x() - 50) < 2 and abs(patch.get_y() - 60) < 2 and not region.patches
+    assert "$7_a^" in figure.get_suptitle() and "[50, 60, 250, 200]" in page.get_xlabel()
+    pixels(figure)
+    with pytest.raises(ValueError, match="shown no image"):
+        trajectory_figure(
+            rollout(ScriptedPolicy(["<answer>x</answer>"]), [Question("q", "?", "")], CORPUS, retriever)[0], CORPUS
+        )
 
 
 def test_named_boxes_carry_their_names():

@@ -5,6 +5,7 @@ Figures are drawn from records and tables only, so any of them can be redrawn wi
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from vrag_lib.geometry import Box
-from vrag_lib.trajectory import ImageRef
+from vrag_lib.trajectory import ImageRef, Trajectory
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,7 +39,7 @@ def page_gallery(pages: Sequence[Page], columns: int = 4, width: float = 11.0) -
         ax.axis("off")
     for ax, page in zip(axes.flat, pages, strict=False):
         _draw_image(ax, page.open_image(), 480)
-        ax.set_title(page.id, fontsize=8)
+        ax.set_title(page.id, fontsize=8, parse_math=False)
     return figure
 
 
@@ -49,13 +50,38 @@ def view_figure(corpus: Corpus, image: ImageRef, width: float = 11.0) -> Figure:
     left, right = figure.subplots(1, 2)
     _draw_image(left, page.open_image(), 900)
     _draw_box(left, image.view.box, COLOURS[1], "")
-    left.set_title(f"{page.id}: {page.size.width} × {page.size.height} raw px", fontsize=9)
+    left.set_title(f"{page.id}: {page.size.width} × {page.size.height} raw px", fontsize=9, parse_math=False)
     shown = image.view.shown
     _draw_image(right, image.render(corpus), 900)
     right.set_title(f"shown at {shown.width} × {shown.height} px, {shown.tokens} vision tokens", fontsize=9)
     for ax in (left, right):
         ax.set_xticks([])
         ax.set_yticks([])
+    return figure
+
+
+def trajectory_figure(record: Trajectory, corpus: Corpus, width: float = 11.0) -> Figure:
+    """A trajectory as a strip: each image it was shown, the box of the crop that follows drawn on it, and under it the
+    reply; question and answer on top. Text of models and files is drawn as plain characters."""
+    images = [(i, image) for i, turn in enumerate(record.turns) for image in turn.images]
+    if not images:
+        raise ValueError(f"trajectory {record.id} was shown no image")
+    figure = Figure(figsize=(width, 0.62 * width / min(len(images), 4) + 1.3), layout="constrained")
+    answer = record.answer if record.answer is not None else f"none ({record.stop_reason})"
+    title = f"{record.question}\n→ {answer}"
+    figure.suptitle(_plain(title, 110), fontsize=11, fontweight="bold", parse_math=False)
+    axes = figure.subplots(1, len(images), squeeze=False)[0]
+    for ax, (i, image), following in zip(axes, images, [*images[1:], None], strict=True):
+        _draw_image(ax, image.render(corpus), 700)
+        if following is not None and following[1].is_crop and following[1].page_id == image.page_id:
+            _draw_box(ax, image.view.to_shown(following[1].view.box), COLOURS[1], "")
+        ax.set_xticks([])
+        ax.set_yticks([])
+        shown = image.view.shown
+        name = f"{'region of ' if image.is_crop else ''}{image.page_id}, {shown.width} × {shown.height} px"
+        ax.set_title(name, fontsize=8, parse_math=False)
+        reply = record.turns[i + 1].text if i + 1 < len(record.turns) else ""
+        ax.set_xlabel(_plain(reply, 52), fontsize=8, parse_math=False)
     return figure
 
 
@@ -123,6 +149,12 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
     return path
 
 
+def _plain(text: str, width: int, lines: int = 5) -> str:
+    """Text wrapped to `width` characters and at most `lines` lines, what is left out marked."""
+    wrapped = [line for part in text.splitlines() for line in textwrap.wrap(part, width)]
+    return "\n".join(wrapped[:lines] + ["…"] * (len(wrapped) > lines))
+
+
 def _cycle(values: Sequence[str]):
     while True:
         yield from values
@@ -139,4 +171,4 @@ def _draw_image(ax, image, most: int) -> None:
 def _draw_box(ax, box: Box, colour: str, name: str) -> None:
     ax.add_patch(Rectangle((box.x1, box.y1), box.width, box.height, fill=False, edgecolor=colour, linewidth=2))
     if name:
-        ax.text(box.x1, box.y1, name, color="white", backgroundcolor=colour, fontsize=7, va="bottom")
+        ax.text(box.x1, box.y1, name, color="white", backgroundcolor=colour, fontsize=7, va="bottom", parse_math=False)
