@@ -1,14 +1,16 @@
-"""Exact late-interaction (MaxSim) scores over the token embeddings of pages, and rankings equal to those of fp64.
+"""Exact late-interaction (MaxSim) scores over the token embeddings of pages.
 
 score(query, page) = sum over query tokens i of max over page tokens t of <q_i, e_t>   (ColBERT, ColPali eq. 1)
 
-Deviations from colpali-engine's `score_multi_vector` and byaldi's search, which this replaces: dot products are
-accumulated in fp32 whatever the storage type and their maxima summed in fp64 (the engine keeps bf16 to the end, so
-that thousands of pages share some thirty scores); pages of different lengths are not padded with zero vectors, so a
-page whose best match is negative keeps its negative score; equal scores are ordered by page id.
+Deviations from colpali-engine's `score_multi_vector` and byaldi's search, which this replaces: scores are those of
+fp64 arithmetic whatever the storage type (the engine keeps bf16 to the end, so that thousands of pages share some
+thirty scores); pages of different lengths are not padded with zero vectors, so a page whose best match is negative
+keeps its negative score; equal scores are ordered by page id.
 
-One pass over the embeddings is fast because nothing is copied or padded and the maximum is taken while the dot
-products are still in registers: 3 page tokens x 4 query tokens at a time, compiled by numba, one thread per core.
+It is fast because nothing is copied or padded and the maximum is taken while the dot products are still in registers:
+3 page tokens x 4 query tokens at a time, in fp32, compiled by numba, one thread per core. It is exact because fp32
+only finds the tokens that can be best: all that come within a margin of the largest fp32 product which no rounding can
+bridge. There are hardly more of them than query tokens, and their products are computed again in fp64.
 """
 
 from __future__ import annotations
@@ -31,8 +33,7 @@ FORMAT = "vrag-embeddings-1"
 
 # Sums may be reordered into vector lanes and multiply-adds fused; infinities and NaN keep their meaning.
 _FAST_MATH = {"reassoc", "contract", "nsz"}
-_QUERY_TILE = 4
-_WIDENED_ROWS = 48  # bf16 rows turned into fp32 at a time: 24 KB at 128 dimensions, which stays in the L1 cache
+_WIDENED_ROWS = 48  # bf16 rows turned into fp32 at a time, a multiple of 3: 24 KB at 128 dimensions, for the L1 cache
 _CHUNK_PAGES = 32  # pages per unit of work handed to a thread
 
 
@@ -42,7 +43,7 @@ class EmbeddingStore:
 
     tokens: (total tokens, dim); float32, or uint16 holding the bits of bf16.
     offsets: (pages + 1,) int64; page p owns rows offsets[p] to offsets[p + 1], at least one.
-    max_norm: the largest Euclidean norm of a row; enters the rounding bound of `rank`.
+    max_norm: the largest Euclidean norm of a row; enters the rounding margin.
 
     Memory and disk per page of 768 tokens x 128: 393 KB as float32, 197 KB as bf16.
     """
@@ -215,19 +216,20 @@ def _read_header(path: Path) -> tuple[dict, int]:
 
 
 @numba.njit(nogil=True, cache=True, fastmath=_FAST_MATH)
-def _page_maxima(query, tokens, lo, hi, maxima):  # (n, dim), (tokens, dim), rows lo to hi, (n,) raised in place
-    """Raise maxima[i] to the largest dot product of query token i with rows lo to hi of `tokens`.
+def _scan(query, rows, count, first, margin, limit, tiles, maxima, found):
+    """Note every tile of 3 page tokens x 4 query tokens that may hold the largest product of a query token.
 
-    n is a multiple of 4. Rows past the end repeat the last one, so every dot product is computed by the same
-    instructions and equal rows give equal products wherever they stand.
+    query (n, dim), n a multiple of 4; rows (at least `count`, dim), of which the 0-th is row `first` of the store.
+    limit (n,): largest product so far less `margin` (n,), updated in place. Tile number `found` and those after it
+    are written: tiles (tiles, 2) its first row and query token, maxima (tiles, 4) the largest product of each of its
+    query tokens. Returns the number of tiles found. A tile past the end repeats the last row.
     """
-    zero = query.dtype.type(0)
-    last = hi - 1
-    for t in range(lo, hi, 3):
-        t0, t1, t2 = tokens[t], tokens[min(t + 1, last)], tokens[min(t + 2, last)]
+    last = count - 1
+    for t in range(0, count, 3):
+        t0, t1, t2 = rows[t], rows[min(t + 1, last)], rows[min(t + 2, last)]
         for i in range(0, query.shape[0], 4):
             a, b, c, d = query[i], query[i + 1], query[i + 2], query[i + 3]
-            a0 = a1 = a2 = b0 = b1 = b2 = c0 = c1 = c2 = d0 = d1 = d2 = zero
+            a0 = a1 = a2 = b0 = b1 = b2 = c0 = c1 = c2 = d0 = d1 = d2 = np.float32(0)
             for j in range(query.shape[1]):
                 a0 += a[j] * t0[j]
                 a1 += a[j] * t1[j]
@@ -241,35 +243,71 @@ def _page_maxima(query, tokens, lo, hi, maxima):  # (n, dim), (tokens, dim), row
                 d0 += d[j] * t0[j]
                 d1 += d[j] * t1[j]
                 d2 += d[j] * t2[j]
-            maxima[i] = max(maxima[i], a0, a1, a2)
-            maxima[i + 1] = max(maxima[i + 1], b0, b1, b2)
-            maxima[i + 2] = max(maxima[i + 2], c0, c1, c2)
-            maxima[i + 3] = max(maxima[i + 3], d0, d1, d2)
+            a0, b0, c0, d0 = max(a0, a1, a2), max(b0, b1, b2), max(c0, c1, c2), max(d0, d1, d2)
+            if a0 >= limit[i] or b0 >= limit[i + 1] or c0 >= limit[i + 2] or d0 >= limit[i + 3]:
+                tiles[found, 0], tiles[found, 1] = first + t, i
+                maxima[found, 0], maxima[found, 1], maxima[found, 2], maxima[found, 3] = a0, b0, c0, d0
+                for g in range(4):
+                    limit[i + g] = max(limit[i + g], maxima[found, g] - margin[i + g])
+                found += 1
+    return found
+
+
+@numba.njit(nogil=True, cache=True, fastmath=_FAST_MATH)
+def _exact_dot(a, b):  # (dim,), (dim,) -> their product in fp64
+    total = 0.0
+    for j in range(a.shape[0]):
+        total += np.float64(a[j]) * np.float64(b[j])
+    return total
 
 
 @numba.njit(nogil=True, cache=True)
-def _score_float32(query, count, tokens, offsets, pages, out):  # out[pages[k]] for every k
-    maxima = np.empty(query.shape[0], query.dtype)
+def _score_float32(query, count, tokens, offsets, pages, margin, tiles, maxima, out):
+    """Put the score of each page in `pages` at its place in `out`; the first `count` rows of `query` are real."""
+    limit, best = np.empty(query.shape[0], np.float32), np.empty(query.shape[0], np.float64)
     for page in pages:
-        maxima[:] = -np.inf
-        _page_maxima(query, tokens, offsets[page], offsets[page + 1], maxima)
-        out[page] = maxima[:count].astype(np.float64).sum()
+        limit[:], best[:] = -np.inf, -np.inf
+        lo, hi = offsets[page], offsets[page + 1]
+        found = _scan(query, tokens[lo:hi], hi - lo, lo, margin, limit, tiles, maxima, 0)
+        for n in range(found):
+            for g in range(4):
+                i = tiles[n, 1] + g
+                if maxima[n, g] >= limit[i]:
+                    for t in range(tiles[n, 0], min(tiles[n, 0] + 3, hi)):
+                        best[i] = max(best[i], _exact_dot(query[i], tokens[t]))
+        out[page] = best[:count].sum()
 
 
 @numba.njit(nogil=True, cache=True)
-def _score_bfloat16(query, count, tokens, offsets, pages, out):  # as _score_float32, tokens uint16
-    maxima = np.empty(query.shape[0], query.dtype)
+def _score_bfloat16(query, count, tokens, offsets, pages, margin, tiles, maxima, out):
+    """As `_score_float32` for tokens kept as the bits of bf16, widened to fp32 a few rows at a time."""
+    limit, best = np.empty(query.shape[0], np.float32), np.empty(query.shape[0], np.float64)
     bits = np.empty((_WIDENED_ROWS, query.shape[1]), np.uint32)
     rows = bits.view(np.float32)
     for page in pages:
-        maxima[:] = -np.inf
-        for lo in range(offsets[page], offsets[page + 1], _WIDENED_ROWS):
-            size = min(_WIDENED_ROWS, offsets[page + 1] - lo)
-            for t in range(size):
-                for j in range(query.shape[1]):
-                    bits[t, j] = np.uint32(tokens[lo + t, j]) << np.uint32(16)
-            _page_maxima(query, rows, 0, size, maxima)
-        out[page] = maxima[:count].astype(np.float64).sum()
+        limit[:], best[:] = -np.inf, -np.inf
+        lo, hi = offsets[page], offsets[page + 1]
+        found = 0
+        for start in range(lo, hi, _WIDENED_ROWS):
+            size = min(_WIDENED_ROWS, hi - start)
+            _widen(tokens[start : start + size], bits)
+            found = _scan(query, rows, size, start, margin, limit, tiles, maxima, found)
+        for n in range(found):
+            for g in range(4):
+                i = tiles[n, 1] + g
+                if maxima[n, g] >= limit[i]:
+                    end = min(tiles[n, 0] + 3, hi)
+                    _widen(tokens[tiles[n, 0] : end], bits)
+                    for t in range(end - tiles[n, 0]):
+                        best[i] = max(best[i], _exact_dot(query[i], rows[t]))
+        out[page] = best[:count].sum()
+
+
+@numba.njit(nogil=True, cache=True)
+def _widen(tokens, bits):  # (rows, dim) uint16 -> the first rows of `bits`, uint32
+    for t in range(tokens.shape[0]):
+        for j in range(tokens.shape[1]):
+            bits[t, j] = np.uint32(tokens[t, j]) << np.uint32(16)
 
 
 def default_threads() -> int:
@@ -281,93 +319,73 @@ def default_threads() -> int:
 
 
 def score(query: np.ndarray, store: EmbeddingStore, threads: int | None = None) -> np.ndarray:
-    """MaxSim scores of one query against every page: (n, dim) -> (pages,) float64.
+    """MaxSim scores of one query against every page: (n, dim) -> (pages,) float64, as of fp64 arithmetic.
 
-    Dot products are accumulated in fp32; see `rank` for how far they can be from exact.
     Raises ValueError for a query of another dimension, without tokens or with values that are not finite.
     """
-    query = _checked_query(query, store)
+    query = np.ascontiguousarray(query, np.float32)
+    check_page(query, "the query", store.dim)
+    if max_row_norm(query) * store.max_norm > 1e37:
+        raise ValueError("query and page embeddings are so large that fp32 overflows; normalise them to length 1")
+    kernel = _score_float32 if store.tokens.dtype == np.float32 else _score_bfloat16
+    count = len(query)
+    query = np.concatenate([query, np.repeat(query[-1:], -count % 4, axis=0)])
+    margin = rounding_margin(query, store.max_norm)
+    tokens, offsets = np.asarray(store.tokens), np.asarray(store.offsets)
+    most_tiles = (int(np.diff(offsets).max()) // 3 + 1) * (len(query) // 4)
     out = np.empty(len(store), np.float64)
-    _score_pages(query, store, np.arange(len(store)), out, threads)
+
+    def work(pages: np.ndarray) -> None:
+        tiles, maxima = np.empty((most_tiles, 2), np.int64), np.empty((most_tiles, 4), np.float32)
+        kernel(query, count, tokens, offsets, pages, margin, tiles, maxima, out)
+
+    chunks = np.split(np.arange(len(store)), range(_CHUNK_PAGES, len(store), _CHUNK_PAGES))
+    threads = min(threads or default_threads(), len(chunks))
+    if threads <= 1:
+        work(np.arange(len(store)))
+        return out
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(work, chunks))
     return out
 
 
-def score_fp64(query: np.ndarray, store: EmbeddingStore, threads: int | None = None) -> np.ndarray:
-    """As `score`, every product and sum in fp64; about 1.7 times its time."""
-    query = _checked_query(query, store)
-    out = np.empty(len(store), np.float64)
-    _score_pages(query.astype(np.float64), store, np.arange(len(store)), out, threads)
-    return out
+def rounding_margin(query: np.ndarray, max_norm: float) -> np.ndarray:
+    """For each query token how far the fp32 products of two page tokens must lie apart for their order to be certain:
+    (n, dim), norm of the longest page token -> (n,) float32.
+
+    A dot product of D terms summed in fp32 in any order errs by at most g |q| |e|, g = D u / (1 - D u), u = 2^-24
+    (Higham, Accuracy and Stability of Numerical Algorithms, §3.1, with Cauchy-Schwarz): twice that for two. The rest
+    covers the rounding of the comparison itself and products below the normal range.
+    """
+    dim, u = query.shape[1], 2.0**-24
+    lengths = np.linalg.norm(query.astype(np.float64), axis=1) * max_norm
+    margin = (2 * dim * u / (1 - dim * u) + 8 * u) * lengths + 4 * dim * 2.0**-149
+    return np.nextafter(margin.astype(np.float32), np.float32(np.inf))
 
 
 def rank(
     query: np.ndarray,
     store: EmbeddingStore,
     k: int | None = None,
-    page_ids: Sequence[str] | None = None,
+    tie_order: np.ndarray | None = None,
     threads: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The best `k` pages (all by default) and their scores, in exactly the order that fp64 scores would give.
+    """The best `k` pages (all by default): their indices, int64, and their scores, float64, best first.
 
-    Returns (indices of pages, int64; their scores, float64), best first, ties by page id (by index without ids).
-
-    All pages are scored in fp32. Pages whose fp32 scores lie too close together for their order to be certain are
-    scored again in fp64; the rest cannot change places. Certain means further apart than twice the rounding bound
-    below, which holds for any input and any order of summation.
+    Equal scores are ordered by `tie_order`, a number for each page (see `id_order`); by index without it.
     """
-    query = _checked_query(query, store)
-    scores = np.empty(len(store), np.float64)
-    _score_pages(query, store, np.arange(len(store)), scores, threads)
-    k = len(store) if k is None else max(0, min(k, len(store)))
-    if k == 0:
-        return np.empty(0, np.int64), np.empty(0, np.float64)
-    apart = 2 * rounding_bound(query, store.max_norm)
-    # A page of the true top k cannot lie further below the k-th best fp32 score than this.
-    kth = np.partition(scores, len(store) - k)[len(store) - k]
-    pages = np.flatnonzero(scores >= kth - apart)
-    pages = pages[np.argsort(-scores[pages], kind="stable")]
-    close = -np.diff(scores[pages]) <= apart
-    doubtful = np.concatenate([[False], close]) | np.concatenate([close, [False]])
-    if doubtful.any():
-        _score_pages(query.astype(np.float64), store, np.sort(pages[doubtful]), scores, threads)
-    ties = np.arange(len(store)) if page_ids is None else np.argsort(np.argsort(np.asarray(page_ids)))
-    pages = pages[np.lexsort((ties[pages], -scores[pages]))][:k]
-    return pages, scores[pages]
+    scores = score(query, store, threads)
+    ties = np.arange(len(store)) if tie_order is None else tie_order
+    order = np.lexsort((ties, -scores))[: None if k is None else max(0, k)]
+    return order, scores[order]
 
 
-def rounding_bound(query: np.ndarray, max_norm: float) -> float:
-    """How far a score of `score` can be from exact, for rows of at most `max_norm`.
+def id_order(page_ids: Sequence[str]) -> np.ndarray:
+    """The place of each page among all when ordered by id.
 
-    A dot product of D terms summed in fp32 in any order errs by at most g * |q| |e| with g = D u / (1 - D u) and
-    u = 2^-24 (Higham, Accuracy and Stability of Numerical Algorithms, §3.1, with Cauchy-Schwarz); a maximum errs by
-    no more than its terms, a sum by no more than their sum. The slack covers the fp64 sums and denormal products.
+    >>> id_order(["b_1", "a_2", "a_10"]).tolist()
+    [2, 1, 0]
     """
-    dim = query.shape[1]
-    g = dim * 2.0**-24 / (1 - dim * 2.0**-24)
-    norms = np.linalg.norm(query.astype(np.float64), axis=1).sum()
-    return float(g * norms * max_norm) * (1 + 1e-6) + len(query) * dim * 2.0**-149
-
-
-def _checked_query(query: np.ndarray, store: EmbeddingStore) -> np.ndarray:
-    query = np.ascontiguousarray(query, np.float32)
-    check_page(query, "the query", store.dim)
-    if max_row_norm(query) * store.max_norm > 1e37:
-        raise ValueError("query and page embeddings are so large that fp32 overflows; normalise them to length 1")
-    return query
-
-
-def _score_pages(
-    query: np.ndarray, store: EmbeddingStore, pages: np.ndarray, out: np.ndarray, threads: int | None
-) -> None:
-    """Score the pages of the given indices in the type of `query` and put each score at its page's place in `out`."""
-    kernel = _score_float32 if store.tokens.dtype == np.float32 else _score_bfloat16
-    count = len(query)
-    padded = np.concatenate([query, np.repeat(query[-1:], -count % _QUERY_TILE, axis=0)])
-    tokens, offsets = np.asarray(store.tokens), np.asarray(store.offsets)
-    chunks = [pages[i : i + _CHUNK_PAGES] for i in range(0, len(pages), _CHUNK_PAGES)]
-    threads = min(threads or default_threads(), len(chunks))
-    if threads <= 1:
-        kernel(padded, count, tokens, offsets, pages, out)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(lambda chunk: kernel(padded, count, tokens, offsets, chunk, out), chunks))
+    places = np.empty(len(page_ids), np.int64)
+    places[sorted(range(len(page_ids)), key=page_ids.__getitem__)] = np.arange(len(page_ids))
+    return places

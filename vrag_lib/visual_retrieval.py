@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from vrag_lib import config
-from vrag_lib.maxsim import EmbeddingStore, merge_stores, rank
+from vrag_lib.maxsim import EmbeddingStore, id_order, merge_stores, rank
 from vrag_lib.page_encoder import ByaldiEncoder, PageEncoder, load_encoder
 from vrag_lib.retrieval import Hit, RetrievalIndexError
 
@@ -54,6 +54,7 @@ class VisualRetriever:
         self.store = store
         self.page_ids = tuple(page_ids)
         self.threads = threads
+        self._tie_order = id_order(self.page_ids)
         self.name = f"visual:{encoder.name}"
 
     @classmethod
@@ -155,7 +156,7 @@ class VisualRetriever:
         return [self._search(query, k) for query in queries]
 
     def _search(self, query: str, k: int) -> list[Hit]:
-        order, scores = rank(self.encoder.encode_query(query), self.store, k, self.page_ids, self.threads)
+        order, scores = rank(self.encoder.encode_query(query), self.store, k, self._tie_order, self.threads)
         return [Hit(self.page_ids[i], float(score)) for i, score in zip(order, scores, strict=True)]
 
     def search_with_byaldi(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
