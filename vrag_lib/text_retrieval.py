@@ -90,6 +90,7 @@ class BM25Retriever:
         tokens = self._tokenize([f"{text} {lead}" for text, lead in zip(texts, leads, strict=True)])
         self._index = None
         if any(tokens):  # bm25s cannot index a collection without words
+            logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to DEBUG when it is imported
             self._index = bm25s.BM25()
             self._index.index(tokens, show_progress=False)
 
