@@ -23,7 +23,7 @@ from vrag_lib.policy import Conversation, Reply, ScriptedPolicy
 from vrag_lib.policy_transformers import TransformersPolicy, sampling_logprobs
 from vrag_lib.rollout import rollout
 from vrag_lib.torch_setup import ensure_torchvision
-from vrag_lib.trajectory import Trajectory
+from vrag_lib.trajectory import StopReason, Trajectory, Turn
 
 if TYPE_CHECKING:
     import torch
@@ -140,3 +140,8 @@ def by_question(conversation: Conversation, seed: int) -> str:
     number = next(i for i, q in enumerate(QUESTIONS) if q.query in conversation[0].text)
     reply = SCRIPTS[number][len(conversation) // 2]
     return reply.replace("</answer>", "0</answer>") if seed % 2 == 0 else reply
+
+
+def rewarded(name: str, reward: float, turns: tuple[Turn, ...] = (), stop=StopReason.ANSWER) -> Trajectory:
+    """A trajectory with one reward, for functions that read no more than that."""
+    return Trajectory(name, "q", "?", turns, stop, rewards={"answer": (reward, 1.0)})
