@@ -19,11 +19,11 @@ torch = pytest.importorskip("torch")
 
 @pytest.fixture(scope="module")
 def built():
-    from vrag_lib.scale_policy import build_policy
+    from vrag_lib.scale_policy import build_model, build_processor
 
     torch.set_num_threads(1)
-    model, processor = build_policy(seed=0)
-    return model.eval(), processor
+    processor = build_processor()
+    return build_model(processor.tokenizer, seed=0).eval(), processor
 
 
 @pytest.fixture(scope="module")
@@ -143,13 +143,13 @@ def test_page_questions_are_the_benchmark_s():
     assert Box(0, 0, page.size.width, page.size.height).intersection(page.facts[0].region_box).area > 0
 
 
-def test_a_resumed_stage_ends_with_the_same_weights(tmp_path):
+def test_a_resumed_stage_ends_with_the_same_weights(built, tmp_path):
     from vrag_lib.scale_loop import Schedule, train
-    from vrag_lib.scale_policy import build_policy
+    from vrag_lib.scale_policy import build_model
     from vrag_lib.scale_training import character_batch, character_head, character_loss
 
     def run(folder, stops):
-        model, _ = build_policy(seed=1)
+        model = build_model(built[1].tokenizer, seed=1)
         torch.manual_seed(0)
         head = character_head(192)
 
@@ -191,3 +191,25 @@ def test_the_saved_policy_loads_through_the_auto_classes(built, tmp_path):
     assert sum(f.stat().st_size for f in tmp_path.glob("*.safetensors")) <= 16 * 2**20
     processor = AutoProcessor.from_pretrained(tmp_path)
     assert processor.tokenizer.encode("a <bbox> 1") == built[1].tokenizer.encode("a <bbox> 1")
+
+
+def test_the_whole_recipe_in_miniature(tmp_path, monkeypatch):
+    from vrag_lib import scale_training
+    from vrag_lib.scale_loop import Schedule
+    from vrag_lib.scale_make import make_policy
+
+    monkeypatch.setattr(scale_training, "CELLS_PER_STEP", 48)
+    monkeypatch.setattr(scale_training, "PAGES_PER_STEP", 1)
+    monkeypatch.setattr(scale_training, "HELD_OUT_BATCHES", 1)
+    steps = Schedule(steps=2, muon=1e-3, adamw=1e-3, warmup=1)
+    recipe = scale_training.PolicyTraining(dense=steps, reading=steps, joint=steps)
+    out, results = tmp_path / "policy", tmp_path / "results"
+    rows = make_policy(out, results, tmp_path / "work", recipe, test_documents=1)
+    assert {row["task"] for row in rows} == {"crop", "page", "region", "title"}
+    assert all(0 <= row["low"] <= row["right"] <= row["high"] <= 1 for row in rows)
+    assert (results / "curve_joint.csv").read_text().splitlines()[-1].startswith("2,")
+    card = (out / "README.md").read_text()
+    assert "value from the crop of its region" in card and "dense 2 steps" in card
+    weights = (out / "model.safetensors").read_bytes()
+    make_policy(out, results, tmp_path / "work", recipe, test_documents=1)  # all stages are done: nothing is trained
+    assert (out / "model.safetensors").read_bytes() == weights

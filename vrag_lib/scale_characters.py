@@ -34,6 +34,9 @@ GRIDS = ((8, 12), (12, 8), (4, 16), (3, 16), (8, 8), (4, 12), (2, 20), (6, 12), 
 """Shapes of the shown images in cells (rows, columns): pages, strips as crops of rows are, and boxes."""
 
 
+_SMALL_WORDS = "by in for the of and was is at to from with change known as year page total report".split()  # noqa: SIM905
+
+
 @dataclass(frozen=True)
 class CharacterPage:
     """`image` RGB at shown size; `slots` (rows, columns, SLOTS) and `cover` (rows, columns, 8) hold classes."""
@@ -52,7 +55,7 @@ def _words() -> tuple[str, ...]:
         words |= {*board.headings, *board.caption.split(), *board.title.split()}
     for entity in entities("train"):
         words |= {entity.name, *entity.emblem.split()}
-    words |= set("by in for the of and was is at to from with change known as year page total report".split())
+    words.update(_SMALL_WORDS)
     return tuple(sorted(words))
 
 
@@ -126,8 +129,8 @@ def draw_character_page(rng: random.Random, rows: int, columns: int, em_range: t
             draw.rectangle((0, round(y), width, round(y + step)), fill=band)
         elif rng.random() < 0.15:
             left = rng.uniform(-0.3, 0.8) * width
-            draw.rectangle((left, baseline + 0.3 * px, left + rng.uniform(0.2, 1) * width, baseline + 0.3 * px + rng.randint(0, 3)),
-                           fill=ink)  # fmt: skip
+            right, top = left + rng.uniform(0.2, 1) * width, baseline + 0.3 * px
+            draw.rectangle((left, top, right, top + rng.randint(0, 3)), fill=ink)
         x = rng.uniform(-1, 3) * px
         gap = rng.choice((0.3, 0.3, 0.6, 1.5, 4))
         while x < width:

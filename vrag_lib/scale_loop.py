@@ -66,6 +66,36 @@ def make_optimizers(named: Iterable[tuple[str, torch.nn.Parameter]], schedule: S
     return optimizers
 
 
+Counts = Mapping[str, tuple[float, float]]
+"""Hits and total of every metric."""
+
+
+class Tally:
+    """Sums hits and totals.
+
+    >>> tally = Tally()
+    >>> tally.add({"digits": (3, 4)})
+    >>> tally.add({"digits": (0, 4)})
+    >>> tally.rates()
+    {'digits': 0.375}
+    """
+
+    def __init__(self) -> None:
+        self.sums: dict[str, list[float]] = {}
+
+    def add(self, counts: Counts) -> None:
+        for key, (hit, total) in counts.items():
+            entry = self.sums.setdefault(key, [0.0, 0.0])
+            entry[0] += hit
+            entry[1] += total
+
+    def counts(self) -> dict[str, tuple[float, float]]:
+        return {key: (hit, total) for key, (hit, total) in self.sums.items()}
+
+    def rates(self) -> dict[str, float]:
+        return {key: hit / total for key, (hit, total) in self.sums.items() if total}
+
+
 class Curve:
     """A CSV file that rows are appended to; on resuming, rows past the checkpoint are dropped."""
 
@@ -91,30 +121,31 @@ class Curve:
 def train(
     name: str,
     modules: Mapping[str, torch.nn.Module],
-    loss_of_step: Callable[[int], tuple[torch.Tensor, dict[str, tuple[float, float]]]],
+    loss_of_step: Callable[[int], tuple[torch.Tensor, Counts]],
     schedule: Schedule,
     folder: Path,
     curve_path: Path,
-    evaluate: Callable[[], dict[str, float]] | None = None,
-    eval_every: int = 400,
+    evaluate: Callable[[], Mapping[str, float]] | None = None,
+    eval_every: int = 200,
 ) -> None:
-    """Train the parameters of `modules` that require gradients until `schedule.steps`, going on from `folder`.
+    """Train the parameters of `modules` that require gradients until `schedule.steps`, going on from `folder/name`.
 
-    `loss_of_step(step)` returns the loss and counts `{metric: (hits, total)}` that are summed over the logged steps.
-    Afterwards the modules hold the trained weights, whether they were trained now or before.
+    `loss_of_step(step)` returns the loss and the metrics' counts, which are summed between two rows of the curve; a
+    multiple of `eval_every` steps and the last one get what `evaluate` measures as well. Afterwards the modules hold
+    the trained weights, whether they were trained now or before.
+
+    Raises RuntimeError when a loss is not finite.
     """
     import torch
     from tqdm import tqdm
 
-    named = [
-        (f"{prefix}.{n}", p) for prefix, module in modules.items() for n, p in module.named_parameters() if p.requires_grad
-    ]
+    named = [(f"{m}.{n}", p) for m, module in modules.items() for n, p in module.named_parameters() if p.requires_grad]
     optimizers = make_optimizers(named, schedule)
     start, spent = _load(folder / name, modules, optimizers)
     curve = Curve(curve_path, start)
     peaks = [schedule.adamw if isinstance(o, torch.optim.AdamW) else schedule.muon for o in optimizers]
-    hits: dict[str, list[float]] = {}
-    loss_sum, began = 0.0, time.monotonic() - spent
+    began = time.process_time() - spent
+    tally, losses = Tally(), []
     bar = tqdm(range(start, schedule.steps), desc=name, initial=start, total=schedule.steps, mininterval=10)
     for step in bar:
         for optimizer, peak in zip(optimizers, peaks, strict=True):
@@ -128,22 +159,20 @@ def train(
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        loss_sum += loss.item()
-        for key, (hit, total) in counts.items():
-            entry = hits.setdefault(key, [0.0, 0.0])
-            entry[0] += hit
-            entry[1] += total
+        losses.append(loss.item())
+        tally.add(counts)
         done = step + 1
-        if done % schedule.log_every == 0 or done == schedule.steps:
-            row = {"step": done, "seconds": round(time.monotonic() - began), "loss": loss_sum / (done - (done - 1) // schedule.log_every * schedule.log_every)}
-            row |= {key: hit / max(1.0, total) for key, (hit, total) in hits.items()}
-            if evaluate and (done % eval_every == 0 or done == schedule.steps):
+        last = done == schedule.steps
+        if done % schedule.log_every == 0 or last:
+            row = {"step": done, "cpu_seconds": round(time.process_time() - began), "loss": sum(losses) / len(losses)}
+            row |= tally.rates()
+            if evaluate and (done % eval_every == 0 or last):
                 row |= evaluate()
             curve.add(row)
             bar.set_postfix(loss=f"{row['loss']:.3f}")
-            hits, loss_sum = {}, 0.0
-        if done % schedule.save_every == 0 or done == schedule.steps:
-            _save(folder / name, modules, optimizers, done, time.monotonic() - began)
+            tally, losses = Tally(), []
+        if done % schedule.save_every == 0 or last:
+            _save(folder / name, modules, optimizers, done, time.process_time() - began)
 
 
 def _save(folder: Path, modules: Mapping[str, Any], optimizers: list[Any], step: int, seconds: float) -> None:

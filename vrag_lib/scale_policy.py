@@ -1,9 +1,9 @@
-"""The scale policy: a real Qwen2.5-VL of 3.6 M parameters, small enough to be trained to read on a laptop.
+"""The scale policy: a real Qwen2.5-VL of 3.7 M parameters, small enough to be trained to read on a laptop.
 
-The paper starts from Qwen2.5-VL-7B and -3B, which read. The laptop preset cannot run those, so it has its own start: the
-same class, processor, chat template and tags, a vocabulary made of the words of MiniDocs and of the agent's prompt over
-bytes (so that every string can be written), digits one by one, and shown sizes at which a page's labels can be read and
-its figures cannot. `build_policy` makes it with random weights, `scale_training` teaches it to perceive.
+The paper starts from Qwen2.5-VL-7B and -3B, which read. The laptop preset cannot run those, so it has its own start:
+the same class, processor, chat template and tags, a vocabulary of the words of MiniDocs and of the agent's prompt over
+bytes (so that every string can be written), digits one by one, and a shown size at which a page's labels can be read
+and its figures cannot. `build_model` makes it with random weights, `scale_training` teaches it to perceive.
 """
 
 from __future__ import annotations
@@ -72,16 +72,17 @@ What is where is the title of this page? Whose page is this? Read the text. Read
 does the page say it? Question: answer: the value, the change, the share, the entry, the heading, the name, the emblem.
 I need to look closer at this region. The page shows the row of the table. The figure is too small to read here. Now I
 can read it. This is not the right page, search again. First find out who is known by that emblem, then search for the
-figure. Nothing answers this. The sum of both is, the difference of both is. I know both figures now. The highest is. The
-lowest is. I search for the page of the measure by name. The bar, the point, the legend entry, the sentence, the box.
-on at of in by for from and or not no yes than more less most least above below left right upper middle lower row column
-chart table text layout bar line pie dashboard cover board flow number page title item entity measure year month total
+figure. Nothing answers this. The sum of both is, the difference of both is. I know both figures now. The highest is.
+The lowest is. I search for the page of the measure by name. The bar, the point, the legend entry, the sentence, the
+box. on at of in by for from and or not no yes than more less most least above below left right upper middle lower row
+column chart table text layout bar line pie dashboard cover board flow number page title item entity measure year month
+total
 """
 
 
 @functools.cache
 def vocabulary_text() -> tuple[str, ...]:
-    """Lines whose words become tokens: the agent's prompts, MiniDocs' content, and the parts entity names are made of."""
+    """Lines whose words become tokens: the agent's prompts and what MiniDocs' pages and questions say."""
     lines = _COMMON.strip().splitlines()
     lines += [actions.question_prompt(""), actions.NO_NEW_PAGE, actions.LAST_TURN, NOT_ANSWERABLE]
     lines += [actions.invalid_message(reason) for reason in actions.InvalidReason]
@@ -146,43 +147,40 @@ def build_tokenizer() -> Any:
     return tokenizer
 
 
-def build_policy(seed: int = 0) -> tuple[Any, Any]:
-    """The policy with random weights and its processor: Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor.
-
-    Shown images have between `MIN_PIXELS` and `MAX_PIXELS`; pixels are scaled to [-1, 1].
-    """
+def build_processor() -> Any:
+    """The policy's Qwen2_5_VLProcessor: images have `MIN_PIXELS` to `MAX_PIXELS`, pixels are scaled to [-1, 1]."""
     ensure_torchvision()
-    import torch
-    from transformers import (
-        GenerationConfig,
-        Qwen2_5_VLConfig,
-        Qwen2_5_VLForConditionalGeneration,
-        Qwen2_5_VLProcessor,
-        Qwen2VLImageProcessor,
-        Qwen2VLVideoProcessor,
+    from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
+
+    scaling = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+    return Qwen2_5_VLProcessor(
+        image_processor=Qwen2VLImageProcessor(min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS, **scaling),
+        tokenizer=build_tokenizer(),
+        video_processor=Qwen2VLVideoProcessor(**scaling),
+        chat_template=CHAT_TEMPLATE,
     )
 
-    tokenizer = build_tokenizer()
+
+def build_model(tokenizer: Any, seed: int = 0) -> Any:
+    """The policy with random weights for a tokenizer: a Qwen2_5_VLForConditionalGeneration in float32. The same seed
+    gives the same weights; the caller's random numbers stay as they were."""
+    ensure_torchvision()
+    import torch
+    from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
     end, pad = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
-    names = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>",
-             "vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}  # fmt: skip
+    vocabulary = {"vocab_size": len(tokenizer), "bos_token_id": None, "eos_token_id": end, "pad_token_id": pad}
     config = Qwen2_5_VLConfig(
-        text_config=_LANGUAGE
-        | {"vocab_size": len(tokenizer), "bos_token_id": None, "eos_token_id": end, "pad_token_id": pad},
+        text_config=_LANGUAGE | vocabulary,
         vision_config=_VISION,
+        image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+        video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),
+        vision_start_token_id=tokenizer.convert_tokens_to_ids("<|vision_start|>"),
+        vision_end_token_id=tokenizer.convert_tokens_to_ids("<|vision_end|>"),
         tie_word_embeddings=True,
-        **{key: tokenizer.convert_tokens_to_ids(token) for key, token in names.items()},
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen2_5_VLForConditionalGeneration(config)
     model.generation_config = GenerationConfig(eos_token_id=[end, pad], pad_token_id=pad)
-    half = [0.5, 0.5, 0.5]
-    images = Qwen2VLImageProcessor(min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS, image_mean=half, image_std=half)
-    processor = Qwen2_5_VLProcessor(
-        image_processor=images,
-        tokenizer=tokenizer,
-        video_processor=Qwen2VLVideoProcessor(image_mean=half, image_std=half),
-        chat_template=CHAT_TEMPLATE,
-    )
-    return model, processor
+    return model

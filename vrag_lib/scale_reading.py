@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vrag_lib.scale_loop import Counts, Tally
 from vrag_lib.scale_tasks import Sample
 from vrag_lib.scale_vision import Grid, encode_images, patchify
 
@@ -70,7 +71,7 @@ def make_batch(tokenizer: Any, samples: Sequence[Sample]) -> Batch:
     return Batch(input_ids, input_ids == image, patches, tuple(s.grid for s in samples), tuple(answers))
 
 
-def reading_loss(model: Any, batch: Batch, train_tower: bool) -> tuple[torch.Tensor, dict[str, tuple[float, float]]]:
+def reading_loss(model: Any, batch: Batch, train_tower: bool) -> tuple[torch.Tensor, Counts]:
     """Mean cross-entropy of the answers' tokens, and per kind of question how many answers are right throughout when
     each token is predicted from the true ones before it, which is when greedy decoding would write the same answer."""
     import torch
@@ -83,17 +84,17 @@ def reading_loss(model: Any, batch: Batch, train_tower: bool) -> tuple[torch.Ten
     thw = torch.tensor([(1, 2 * rows, 2 * columns) for rows, columns in batch.grids])
     positions, _ = model.model.get_rope_index(batch.input_ids, batch.is_image.int(), image_grid_thw=thw)
     # Padding stands behind the last token, where causal attention never looks: no mask is needed.
-    hidden = model.model.language_model(inputs_embeds=embedded, position_ids=positions, use_cache=False).last_hidden_state
+    hidden = model.model.language_model(
+        inputs_embeds=embedded, position_ids=positions, use_cache=False
+    ).last_hidden_state
     where = [(row, i) for row, start, end, _ in batch.answers for i in range(start, end)]
     row, column = torch.tensor(where).unbind(1)
     logits = model.lm_head(hidden[row, column - 1])
     target = batch.input_ids[row, column]
     right = (logits.argmax(-1) == target).tolist()
-    counts: dict[str, list[float]] = {}
+    tally = Tally()
     at = 0
     for _, start, end, kind in batch.answers:
-        entry = counts.setdefault(kind, [0.0, 0.0])
-        entry[0] += all(right[at : at + end - start])
-        entry[1] += 1
+        tally.add({kind: (float(all(right[at : at + end - start])), 1.0)})
         at += end - start
-    return F.cross_entropy(logits, target), {kind: (hit, total) for kind, (hit, total) in counts.items()}
+    return F.cross_entropy(logits, target), tally.counts()

@@ -1,4 +1,4 @@
-"""What the scale policy is asked while it learns to perceive: title, text, places and values on MiniDocs pages and crops.
+"""What the scale policy is asked while it learns to perceive: titles, text, places, values on MiniDocs pages and crops.
 
 Every sample is one shown image with a few questions. Crops are opened as the environment opens them, by a box in the
 page's shown pixels through `View.crop`, with and without some slack around the region. No question mentions searching,
@@ -165,7 +165,9 @@ class PageSamples:
         if rng.random() < 0.35:
             turns.append(("name", NAME, self.document.name))
         if page.kind != "cover" and rng.random() < 0.3:
-            items = dict.fromkeys(SHORT_MONTHS.get(f.item, f.item) if page.kind == "line" else f.item for f in page.facts)
+            items = dict.fromkeys(
+                SHORT_MONTHS.get(f.item, f.item) if page.kind == "line" else f.item for f in page.facts
+            )
             turns.append(("items", ITEMS, ", ".join(items)))
         turns += self.place_questions(view, 2)
         large = [t for t in page.canvas.texts if t.font.px * view.shown.height / view.box.height >= 9]
@@ -225,7 +227,9 @@ class PageSamples:
         rng, page = self.rng, self.page
         target = rng.choice(page.facts)
         box = target.answer_box
-        run = min(page.canvas.texts, key=lambda t: abs(t.box.y1 - box.y1) + abs(t.box.x1 - box.x1) + abs(t.box.x2 - box.x2))
+        run = min(
+            page.canvas.texts, key=lambda t: abs(t.box.y1 - box.y1) + abs(t.box.x1 - box.x1) + abs(t.box.x2 - box.x2)
+        )
         scale = rng.uniform(12, 30) / run.font.px
         rows = max(rng.choice((1, 2, 2, 3)), math.ceil(box.height * scale / PATCH))
         columns = max(math.ceil(box.width * scale / PATCH) + 1, rng.randint(3, 16))
@@ -234,7 +238,9 @@ class PageSamples:
             return self.crop()
         x = min(max(0, rng.uniform(box.x2 - width, box.x1)), page.size.width - width)
         y = min(max(0, rng.uniform(box.y2 - height, box.y1)), page.size.height - height)
-        whole = Box(int(x), int(y), min(page.size.width, math.ceil(x + width)), min(page.size.height, math.ceil(y + height)))
+        whole = Box(
+            int(x), int(y), min(page.size.width, math.ceil(x + width)), min(page.size.height, math.ceil(y + height))
+        )
         view = View(page.size, whole, Size(columns * PATCH, rows * PATCH))
         touched = [f for f in page.facts if f.answer_box.intersection(whole).area > 0]
         turns = []

@@ -13,21 +13,21 @@ draws the curves; the test split is used by `scale_evaluate` alone.
 from __future__ import annotations
 
 import random
-from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vrag_lib.scale_characters import BINS, CHARACTERS, GRIDS, SLOTS, draw_character_page
 from vrag_lib.minidocs_documents import MiniDocsConfig
-from vrag_lib.scale_loop import Schedule, train
+from vrag_lib.scale_characters import BINS, CHARACTERS, GRIDS, SLOTS, draw_character_page
+from vrag_lib.scale_loop import Counts, Schedule, Tally, train
 from vrag_lib.scale_optim import keep_freed_memory
-from vrag_lib.scale_policy import build_policy
+from vrag_lib.scale_policy import build_model, build_processor
 from vrag_lib.scale_reading import make_batch, reading_loss
 from vrag_lib.scale_tasks import draw_samples
 from vrag_lib.scale_vision import encode_images, patchify
+from vrag_lib.torch_setup import ensure_torchvision
 
 if TYPE_CHECKING:
     import torch
@@ -35,15 +35,21 @@ if TYPE_CHECKING:
 CELLS_PER_STEP = 1150
 """Cells of the images of one dense step."""
 
-PAGES_PER_STEP = 4
+PAGES_PER_STEP = 3
 """MiniDocs pages of one step of reading."""
 
-READING_MIX = {"whole": 0.5, "crop": 0.5, "part": 0.1, "close": 6}
-JOINT_MIX = {"whole": 0.7, "crop": 1, "part": 0.1, "close": 3}
+READING_MIX = {"whole": 0.4, "crop": 0.15, "part": 0, "close": 9}
+JOINT_MIX = {"whole": 0.9, "crop": 1.3, "part": 0.15, "close": 4}
 """Samples per page while the language model learns to read, and when everything is trained together."""
 
 EM_RANGE = (10, 36)
 """Em heights of the dense pages' text, shown pixels."""
+
+HELD_OUT_BATCHES = 10
+"""Batches that draw the validation curves."""
+
+HELD_OUT_EMS = ((10, 13), (14, 20), (20, 32))
+"""Em heights at which the dense stage is measured: labels on pages, figures in crops, titles in crops."""
 
 
 def character_head(width: int) -> torch.nn.Linear:
@@ -53,19 +59,25 @@ def character_head(width: int) -> torch.nn.Linear:
     return torch.nn.Linear(width, (SLOTS + BINS[0] * BINS[1]) * (len(CHARACTERS) + 1))
 
 
-def character_batch(rng: random.Random, em_range: tuple[int, int], cells: int = CELLS_PER_STEP) -> tuple[Any, Any, Any, tuple[int, int]]:
-    """Patches (images, 4 * cells, 588), slots (images * cells, SLOTS), cover (images * cells, 8) and the grid."""
+def character_batch(
+    rng: random.Random, em_range: tuple[int, int], cells: int | None = None
+) -> tuple[Any, Any, Any, tuple[int, int]]:
+    """Patches (images, 4 * cells, 588), slots (images * cells, SLOTS), cover (images * cells, 8) and the grid of as
+    many pages as hold `cells` cells (default: `CELLS_PER_STEP`)."""
     import torch
 
     rows, columns = rng.choice(GRIDS)
-    pages = [draw_character_page(rng, rows, columns, em_range) for _ in range(max(1, cells // (rows * columns)))]
+    pages = [
+        draw_character_page(rng, rows, columns, em_range)
+        for _ in range(max(1, (cells or CELLS_PER_STEP) // (rows * columns)))
+    ]
     patches = torch.from_numpy(np.stack([patchify(page.image) for page in pages]))
     slots = torch.from_numpy(np.stack([page.slots for page in pages])).view(-1, SLOTS)
     cover = torch.from_numpy(np.stack([page.cover for page in pages])).view(-1, BINS[0] * BINS[1])
     return patches, slots, cover, (rows, columns)
 
 
-def character_loss(visual: Any, head: Any, batch: Any) -> tuple[torch.Tensor, dict[str, tuple[float, float]]]:
+def character_loss(visual: Any, head: Any, batch: Any) -> tuple[torch.Tensor, Counts]:
     """Cross-entropy of slots and bins; the places behind the last character of a cell count little."""
     import torch
     from torch.nn import functional as F
@@ -95,28 +107,23 @@ def dense_stage(visual: Any, head: Any, schedule: Schedule, folder: Path, curve:
     import torch
 
     held_out = {
-        f"{name}_em{low}-{high}": [character_batch(random.Random(f"{seed}/held out/{low}/{i}"), (low, high)) for i in range(3)]
-        for name, low, high in (("chars", 10, 13), ("chars", 14, 20), ("chars", 20, 32))
+        em: [character_batch(random.Random(f"{seed}/held out/{em[0]}/{i}"), em) for i in range(3)]
+        for em in HELD_OUT_EMS
     }
 
-    def step(number: int) -> tuple[torch.Tensor, dict[str, tuple[float, float]]]:
+    def step(number: int) -> tuple[torch.Tensor, Counts]:
         return character_loss(visual, head, character_batch(random.Random(f"{seed}/dense/{number}"), EM_RANGE))
 
     def evaluate() -> dict[str, float]:
-        found = {}
+        tally = Tally()
         with torch.no_grad():
-            for key, batches in held_out.items():
-                sums: dict[str, list[float]] = {}
+            for (low, high), batches in held_out.items():
                 for batch in batches:
-                    for metric, (hit, total) in character_loss(visual, head, batch)[1].items():
-                        entry = sums.setdefault(metric, [0.0, 0.0])
-                        entry[0] += hit
-                        entry[1] += total
-                for metric, (hit, total) in sums.items():
-                    found[f"{key}_{metric}"] = hit / max(1.0, total)
-        return found
+                    counts = character_loss(visual, head, batch)[1]
+                    tally.add({f"chars_em{low}-{high}_{metric}": count for metric, count in counts.items()})
+        return tally.rates()
 
-    train("dense", {"visual": visual, "head": head}, step, schedule, folder, curve, evaluate, 200)
+    train("dense", {"visual": visual, "head": head}, step, schedule, folder, curve, evaluate)
 
 
 def reading_stage(
@@ -130,44 +137,48 @@ def reading_stage(
     mix = READING_MIX if head is None else JOINT_MIX
     held_out = [
         make_batch(tokenizer, draw_samples(random.Random(f"{seed}/held out/{i}"), "validation", 3, config))
-        for i in range(10)
+        for i in range(HELD_OUT_BATCHES)
     ]
     for parameter in model.model.visual.parameters():
         parameter.requires_grad_(head is not None)
 
-    def step(number: int) -> tuple[torch.Tensor, dict[str, tuple[float, float]]]:
+    def step(number: int) -> tuple[torch.Tensor, Counts]:
         rng = random.Random(f"{seed}/{name}/{number}")
         samples = draw_samples(rng, "train", PAGES_PER_STEP, config, mix)
         samples.sort(key=lambda s: s.grid[0] * s.grid[1] + 20 * len(s.turns))
         half = len(samples) // 2  # two batches of similar lengths: less padding
-        losses, counts = [], Counter[str]()
-        totals = Counter[str]()
+        losses, tally = [], Tally()
         for part in (samples[:half], samples[half:]):
-            batch = make_batch(tokenizer, part)
-            loss, found = reading_loss(model, batch, train_tower=head is not None)
-            losses.append(loss)
-            for kind, (hit, total) in found.items():
-                counts[kind] += hit
-                totals[kind] += total
-        loss = sum(losses) / 2
-        result = {kind: (float(counts[kind]), float(totals[kind])) for kind in sorted(totals)}
-        if head is None:
-            return loss, result
-        dense, characters = character_loss(model.model.visual, head, character_batch(rng, EM_RANGE, CELLS_PER_STEP // 4))
-        return loss + 0.3 * dense, result | characters
+            loss, counts = reading_loss(model, make_batch(tokenizer, part), train_tower=head is not None)
+            losses.append(loss / 2)
+            tally.add(counts)
+        if head is not None:
+            batch = character_batch(rng, EM_RANGE, CELLS_PER_STEP // 4)
+            loss, counts = character_loss(model.model.visual, head, batch)
+            losses.append(0.3 * loss)
+            tally.add(counts)
+        return torch.stack(losses).sum(), tally.counts()
 
     def evaluate() -> dict[str, float]:
-        sums: dict[str, list[float]] = {}
+        tally = Tally()
         with torch.no_grad():
             for batch in held_out:
-                for kind, (hit, total) in reading_loss(model, batch, False)[1].items():
-                    entry = sums.setdefault(f"validation {kind}", [0.0, 0.0])
-                    entry[0] += hit
-                    entry[1] += total
-        return {kind: hit / total for kind, (hit, total) in sorted(sums.items())}
+                tally.add(reading_loss(model, batch, train_tower=False)[1])
+        return {f"validation {kind}": rate for kind, rate in sorted(tally.rates().items())}
 
     modules = {"model": model} if head is None else {"model": model, "head": head}
-    train(name, modules, step, schedule, folder, curve, evaluate, 200)
+    train(name, modules, step, schedule, folder, curve, evaluate)
+
+
+STAGES = ("dense", "reading", "joint")
+
+SECONDS_PER_STEP = {"dense": 0.8, "reading": 1.2, "joint": 1.7}
+"""Seconds of one step of every stage on one core of an AMD EPYC Milan at 2.4 GHz, nothing else running."""
+
+
+DENSE = Schedule(steps=6000, muon=2e-3, adamw=1.5e-3)
+READING = Schedule(steps=5000, muon=0, adamw=1e-3)
+JOINT = Schedule(steps=3000, muon=7e-4, adamw=8e-4, decay=0.7)
 
 
 @dataclass(frozen=True)
@@ -175,22 +186,43 @@ class PolicyTraining:
     """The recipe: optimizer steps and learning rates of the three stages."""
 
     seed: int = 0
-    dense: Schedule = Schedule(steps=6000, muon=2e-3, adamw=1.5e-3)
-    reading: Schedule = Schedule(steps=5000, muon=0, adamw=1e-3)
-    joint: Schedule = Schedule(steps=3000, muon=7e-4, adamw=8e-4, decay=0.7)
+    dense: Schedule = DENSE
+    reading: Schedule = READING
+    joint: Schedule = JOINT
+
+    @classmethod
+    def of_hours(cls, hours: float, seed: int = 0) -> PolicyTraining:
+        """The recipe cut to about `hours` on one free core of a 2021 server (`SECONDS_PER_STEP`); every stage keeps
+        its share. The number of steps depends on `hours` alone, so the result is the same on any machine.
+
+        >>> PolicyTraining.of_hours(3).dense.steps
+        4075
+        """
+        whole = cls(seed=seed)
+        stages = {name: getattr(whole, name) for name in SECONDS_PER_STEP}
+        factor = hours * 3600 / sum(stage.steps * SECONDS_PER_STEP[name] for name, stage in stages.items())
+        return replace(
+            whole, **{name: replace(stage, steps=max(1, round(stage.steps * factor))) for name, stage in stages.items()}
+        )
 
 
 def train_policy(recipe: PolicyTraining, work: Path, results: Path, out: Path) -> Path:
     """Train the policy and save it to `out`; checkpoints go to `work`, curves to `results`. A second call goes on where
     the first was interrupted, and a finished stage is not trained again. Returns `out`."""
+    ensure_torchvision()
     import torch
+    from transformers import AutoProcessor
 
     keep_freed_memory()
-    model, processor = build_policy(recipe.seed)
+    # The vocabulary follows MiniDocs' word lists; half-trained weights must never meet another one.
+    if not (work / "processor").exists():
+        build_processor().save_pretrained(work / "processor")
+    processor = AutoProcessor.from_pretrained(work / "processor")
     tokenizer = processor.tokenizer
-    torch.manual_seed(recipe.seed)
-    head = character_head(model.config.vision_config.out_hidden_size)
-    model.train()
+    model = build_model(tokenizer, recipe.seed).train()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        head = character_head(model.config.vision_config.out_hidden_size)
     dense_stage(model.model.visual, head, recipe.dense, work, results / "curve_dense.csv", recipe.seed)
     reading_stage("reading", model, tokenizer, recipe.reading, work, results / "curve_reading.csv", recipe.seed)
     reading_stage("joint", model, tokenizer, recipe.joint, work, results / "curve_joint.csv", recipe.seed, head)
