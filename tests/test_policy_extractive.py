@@ -18,7 +18,6 @@ from vrag_lib.policy_extractive import (
     NO_TEXT,
     NOT_FOUND,
     ExtractivePolicy,
-    answer_patterns,
     plain,
     read_question,
     shown_box,
@@ -108,7 +107,7 @@ def test_finds_crops_and_answers(corpus, question, page, answer):
     assert kinds(trajectory) == ["search", "bbox", "answer"]
     assert trajectory.evidence.page_id == page and trajectory.evidence.is_crop
     assert trajectory.answer == answer or answer in trajectory.answer.split()
-    region = ExtractivePolicy(corpus).best_region(question, page)
+    region = ExtractivePolicy(corpus).find(question, page)
     shown = trajectory.evidence.view.box
     assert shown.x1 <= region.box.x1 + 1 and shown.y2 >= region.box.y2 - 1
 
@@ -122,18 +121,23 @@ def test_searches_on_when_a_page_fits_badly(corpus):
 
 
 def test_a_later_search_asks_for_what_was_missing(corpus):
-    trajectory = run(corpus, "Does the appendix list the founder of a bakery?", "report_3", "scan_1", "report_2")
+    trajectory = run(corpus, "Which bakery in Europe has employees in Utrecht?", "report_3", "scan_1", "report_2")
     queries = [turn.action.argument for turn in trajectory.replies if turn.action.kind is ActionKind.SEARCH]
-    assert queries[1:] == ["appendix founder bakery", "founder bakery"]
+    assert queries[1:] == ["bakery Europe employees Utrecht", "bakery Europe employees Utrecht"]
+
+
+def test_trusts_the_retriever_when_a_page_holds_some_of_the_question(corpus):
+    trajectory = run(corpus, "Does the appendix list the founder of a bakery?", "report_3", "report_2")
+    assert kinds(trajectory) == ["search", "bbox", "answer"] and trajectory.evidence.page_id == "report_3"
 
 
 def test_never_answers_from_a_page_it_left(corpus):
     """What an answer stands on is the last image, so a better page seen earlier must not be answered from."""
-    question = "Which founder of the company in Utrecht likes jazz?"
-    left = run(corpus, question, "report_2", "report_3", "scan_1")
+    question = "Which volcano in Asia erupted in 2018?"
+    left = run(corpus, question, "report_2", "scan_1", "report_3")
     assert kinds(left) == ["search", "search", "search", "answer"] and left.answer == NOT_FOUND
-    kept = run(corpus, question, "report_3", "scan_1", "report_2")
-    assert kept.evidence.page_id == "report_2" and kept.evidence.is_crop and "Utrecht" in kept.answer
+    kept = run(corpus, question, "report_3", "scan_1", "report_1")
+    assert kept.evidence.page_id == "report_1" and kept.evidence.is_crop and kept.answer != NOT_FOUND
 
 
 @pytest.mark.parametrize(
@@ -224,7 +228,7 @@ def test_a_page_of_many_lines_is_quick(tmp_path):
     texts = {"big_1": [(f"row {i} of the revenue table {i * 7}", 50, 20 * i) for i in range(2000)]}
     policy = ExtractivePolicy(make_corpus(tmp_path, texts))
     start = time.perf_counter()
-    assert policy.best_region("How much revenue in row 1234 of the table?", "big_1") is not None
+    assert policy.find("How much revenue in row 1234 of the table?", "big_1") is not None
     assert time.perf_counter() - start < 5
 
 
@@ -251,14 +255,6 @@ def test_shown_box_stays_inside_and_round_trips():
 def test_plain():
     assert plain("\uf0b7 x <think> y;") == "x y"
     assert plain("p < 0.05, <b>bold</b>") == "p < 0.05, <b>bold</b>"
-
-
-def test_answer_types():
-    assert answer_patterns("What is shown?") == ()
-    assert answer_patterns("How many?")[0].findall("1,004 of 3.5 million, v1.2b") == ["1,004", " 3.5 million"]
-    assert [m.group() for m in answer_patterns("Who?")[0].finditer("by U.S. Sept. and Ada Lovelace, May 3")] == [
-        "Ada Lovelace"
-    ]
 
 
 def test_on_real_documents():
