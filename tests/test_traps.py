@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """The traps of the released systems that this package avoids, and the test that proves each.
 
 Numbers are those of the issue list that the package was written against: S stops the released code, T silently changes
