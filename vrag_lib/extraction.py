@@ -25,9 +25,9 @@ MAX_ANSWER_WORDS = 20
 
 STOP_WORDS = frozenset(
     WORD.findall(
-        "a about according all an and any are as at be been by can could did do does document documents each entry "
+        "a about according all among amount an and any are as at be been by can could did do does document documents each entry "
         "figure for from give given had has have how i if in into is it its list many me much name of on one or out "
-        "page pages per please provide s set shown show so such than that the their them there these they this those "
+        "page pages per percent percentage please proportion provide s set shown show so such than that the their them there these they this those "
         "to us was we were what when where which who whom whose why will with would you your"
     )
 )
@@ -188,7 +188,7 @@ def _spans(kind: str, question: str, asked: set[str], units: list[Unit], words: 
         if kind == "text":
             found = [(0, len(unit.text), 1.0)]
         elif kind == "date":
-            found = [(m.start(), m.end(), 1.0) for m in _DATE.finditer(unit.text)]
+            found = [(m.start(), m.end(), 0.9 if m.group().isdigit() else 1.0) for m in _DATE.finditer(unit.text)]
         elif kind == "name":
             found = [(m.start(), m.end(), 1.0) for m in _NAME.finditer(unit.text)]
             if not found and unit.is_cell and re.fullmatch(rf"{_CAPITALISED}\s*", unit.text):
