@@ -25,10 +25,11 @@ MAX_ANSWER_WORDS = 20
 
 STOP_WORDS = frozenset(
     WORD.findall(
-        "a about according all among amount an and any are as at be been by can could did do does document documents each entry "
-        "figure for from give given had has have how i if in into is it its list many me much name of on one or out "
-        "page pages per percent percentage please proportion provide s set shown show so such than that the their them there these they this those "
-        "to us was we were what when where which who whom whose why will with would you your"
+        "a about according all among amount an and any are as at be been by can could did do does document "
+        "documents each entry figure for from give given had has have how i if in into is it its list many me "
+        "much name of on one or out page pages per percent percentage please proportion provide s set shown "
+        "show so such than that the their them there these they this those to us was we were what when where "
+        "which who whom whose why will with would you your"
     )
 )
 _MONTH = "(?:" + "|".join(f"{name[:3]}(?:{name[3:]})?" for name in MONTHS.split()) + r"|Sept)\b\.?"
