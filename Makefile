@@ -10,7 +10,7 @@ reproduce: $(VENV)/.ready
 	$(BIN)/vrag reproduce
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Runs every notebook and keeps its outputs in notebooks/ (what is committed).
 notebooks: $(VENV)/.ready
