@@ -223,9 +223,13 @@ def train_policy(recipe: PolicyTraining, work: Path, results: Path, out: Path) -
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         head = character_head(model.config.vision_config.out_hidden_size)
-    dense_stage(model.model.visual, head, recipe.dense, work, results / "curve_dense.csv", recipe.seed)
-    reading_stage("reading", model, tokenizer, recipe.reading, work, results / "curve_reading.csv", recipe.seed)
-    reading_stage("joint", model, tokenizer, recipe.joint, work, results / "curve_joint.csv", recipe.seed, head)
+    dense, reading, seed = recipe.dense, recipe.reading, recipe.seed
+    dense_stage(model.model.visual, head, dense, work, results / "curve_dense.csv", seed)
+    # Later stages start from what the earlier ones ended with: another length of those is another start.
+    after = work / f"after_{dense.steps}_dense"
+    reading_stage("reading", model, tokenizer, reading, after, results / "curve_reading.csv", seed)
+    after = work / f"after_{dense.steps}_dense_{reading.steps}_reading"
+    reading_stage("joint", model, tokenizer, recipe.joint, after, results / "curve_joint.csv", seed, head)
     return save_policy(model, processor, out)
 
 
