@@ -151,7 +151,7 @@ photograph, no handwriting, no vocabulary but theirs. It is of no use outside th
   the everyday wordings of all questions. Page images come from DejaVu fonts (free licence) and drawn shapes.
 - **Input**: pages shown in at most 220 cells of 28 x 28 pixels; 128-dimensional embeddings of every cell.
 
-## Test split: {questions} answerable questions, {pages} pages, {engine} engine, {dtype}
+## {split} split: {questions} answerable questions, {pages} pages, {engine} engine, {dtype}
 | query | R@1 | R@5 | R@10 |
 |---|---|---|---|
 {rows}
@@ -162,7 +162,7 @@ Measured at commit `{commit}`, {time}, by `evaluate_retriever`.
 
 
 def model_card(summary: dict[str, Any], hours: float, seed: int) -> str:
-    """The README of a shipped model, with the numbers of `evaluate_retriever` on the test split."""
+    """The README of a shipped model, with the numbers of `evaluate_retriever`."""
     from vrag_lib.scale_retriever_training import GROUPS, schedules
 
     def cell(name: str, k: int) -> str:
@@ -174,6 +174,7 @@ def model_card(summary: dict[str, Any], hours: float, seed: int) -> str:
     reading, finding = schedules(hours)
     return _CARD.format(
         **{key: summary[key] for key in ("questions", "pages", "engine", "dtype")},
+        split=summary["split"].capitalize(),
         parameters=summary["parameters"] / 1e6,
         hours=hours,
         seed=seed,
