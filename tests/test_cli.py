@@ -117,5 +117,5 @@ def test_an_empty_question_and_missing_settings_are_refused(documents, tmp_path,
         (["--retriever", "magic"], "retrieval.kind is one of"),
         (["corpus.ocr=maybe"], "corpus.ocr is"),
     ]:
-        assert main(["ask", str(documents), "why?", *out, "retrieval.kind=bm25", *options]) == 2
+        assert main(["ask", str(documents), "why?", *out, "--retriever", "bm25", *options]) == 2
         assert message in capsys.readouterr().err

@@ -44,7 +44,7 @@ def test_size_and_mixture():
     assert len(questions) == 20
     assert {q.source_type for q in questions if q.reference_pages} == {"Text", "Table", "Chart", "2d_layout"}
     assert {q.query_type for q in questions} == {"Single-Hop", "Multi-Hop"}
-    (name, number), = without_text
+    ((name, number),) = without_text
     assert any(q.file_name == name and number in q.reference_pages for q in questions)
 
 

@@ -103,7 +103,7 @@ class MiniDocs:
 
     def write(self, out_dir: str | Path, form: str = "pdf", splits: Sequence[str] = SPLITS) -> Path:
         """Export splits to `{out_dir}/{split}/`: `questions.json` beside `documents/*.pdf` (vector pages with a text
-        layer) or, with `form="images"`, `images/{document}_{page}.png`. `load_dataset("unified", ...)` reads either.
+        layer) or, with `form="images"`, `img/{document}_{page}.png`. `load_dataset("unified", ...)` reads either.
 
         Raises ValueError for an unknown form or split, and for a folder that holds another collection.
         """
@@ -117,7 +117,7 @@ class MiniDocs:
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(out / "config.json", (json.dumps(described, indent=1) + "\n").encode())
         for split in splits:
-            folder = out / split / ("documents" if form == "pdf" else "images")
+            folder = out / split / ("documents" if form == "pdf" else "img")
             documents = self.documents(split)
             folder.mkdir(parents=True, exist_ok=True)
             for document in tqdm(documents, f"writing {split}", self.config.documents[split], unit="document"):

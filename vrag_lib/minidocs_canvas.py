@@ -148,9 +148,7 @@ def union(boxes: Sequence[Box]) -> Box:
     >>> union([Box(0, 0, 1, 1), Box(2, 1, 3, 4)])
     Box(x1=0, y1=0, x2=3, y2=4)
     """
-    return Box(
-        min(b.x1 for b in boxes), min(b.y1 for b in boxes), max(b.x2 for b in boxes), max(b.y2 for b in boxes)
-    )
+    return Box(min(b.x1 for b in boxes), min(b.y1 for b in boxes), max(b.x2 for b in boxes), max(b.y2 for b in boxes))
 
 
 class Canvas:

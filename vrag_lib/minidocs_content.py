@@ -19,11 +19,11 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
-_STARTS = _words(
+NAME_STARTS = _words(
     "Ald Ash Bar Bel Bran Cal Car Cor Dal Den Dor Dun El Fal Fen Gar Gil Hal Har Hol Il Jor Kel Kir Lan Len Lin "
     "Mar Mel Mor Nor Ol Pen Pol Quin Ros Sal Sel Stan Tam Tor Ul Var Ver Wes Win Yar Zel"
 )
-_ENDS = _words(
+NAME_ENDS = _words(
     "beck bridge brook burg crest dale field ford gate grove ham haven holm ley mere mont mouth port stad stead "
     "vale wick wood worth"
 )
@@ -57,7 +57,7 @@ def entities(split: str) -> tuple[Entity, ...]:
     """
     if split not in SPLITS:
         raise ValueError(f"there is no split {split!r}; splits are {', '.join(SPLITS)}")
-    names = [start + end for start in _STARTS for end in _ENDS]
+    names = [start + end for start in NAME_STARTS for end in NAME_ENDS]
     emblems = [f"{colour} {animal}" for colour in _COLOURS for animal in _ANIMALS]
     shuffler = random.Random("minidocs entities")
     shuffler.shuffle(names)
@@ -122,9 +122,7 @@ MONTHS = Dimension(
     "month",
     "month",
     "in",
-    _words(
-        "January February March April May June July August September October November December"
-    ),
+    _words("January February March April May June July August September October November December"),
 )
 DIMENSIONS = (GOODS, COUNTRIES, DIVISIONS, SUBJECTS)
 

@@ -98,8 +98,7 @@ def write_pdf(path: str | Path, pages: Sequence[Canvas | Image.Image], dpi: int 
         box = f"[0 0 {_n(width * 72 / dpi - 0.002)} {_n(height * 72 / dpi - 0.002)}]"
         kids.append(
             file.add(
-                f"<< /Type /Page /Parent {tree} 0 R /MediaBox {box} /Resources {resources} "
-                f"/Contents {content} 0 R >>"
+                f"<< /Type /Page /Parent {tree} 0 R /MediaBox {box} /Resources {resources} /Contents {content} 0 R >>"
             )
         )
     names = " ".join(f"{kid} 0 R" for kid in kids)

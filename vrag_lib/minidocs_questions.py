@@ -68,7 +68,7 @@ def build_questions(config: MiniDocsConfig, document: MiniDocument) -> list[Mini
     """The questions of a document: text, table, chart and layout look-ups, two-page questions and, for about one in
     twelve, questions that nothing answers. Their kinds go round, so that every number of them is a fair mix."""
     rng = random.Random(f"minidocs questions/{config.seed}/{document.split}/{document.index}")
-    writer = _Writer(document, rng)
+    writer = QuestionWriter(document, rng)
     kinds: list[Callable[[], MiniQuestion | None]] = [
         lambda: writer.lookup("table"),
         lambda: writer.lookup("chart"),
@@ -91,7 +91,7 @@ def build_questions(config: MiniDocsConfig, document: MiniDocument) -> list[Mini
     return questions
 
 
-class _Writer:
+class QuestionWriter:
     """Writes questions on one document."""
 
     def __init__(self, document: MiniDocument, rng: random.Random):

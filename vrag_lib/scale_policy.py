@@ -112,7 +112,7 @@ def _name_parts() -> list[str]:
     """First and second halves of the coined entity names, so that an unseen name is two or three tokens."""
     from vrag_lib import minidocs_content
 
-    return [f"x {start} {start}" for start in minidocs_content._STARTS] + list(minidocs_content._ENDS)
+    return [f"x {start} {start}" for start in minidocs_content.NAME_STARTS] + list(minidocs_content.NAME_ENDS)
 
 
 def build_tokenizer() -> Any:

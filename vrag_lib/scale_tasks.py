@@ -19,7 +19,7 @@ from vrag_lib.geometry import PATCH, Box, Size, View, render
 from vrag_lib.minidocs_content import BOARDS, FLOWS, MEASURES, SHORT_MONTHS
 from vrag_lib.minidocs_documents import MiniDocsConfig, MiniDocument, MiniPage, build_document
 from vrag_lib.minidocs_pages import Fact
-from vrag_lib.minidocs_questions import _Writer
+from vrag_lib.minidocs_questions import QuestionWriter
 from vrag_lib.scale_policy import MAX_PIXELS, MIN_PIXELS
 
 TITLE = "What is the title of this page?"
@@ -51,7 +51,7 @@ class Sample:
         return self.image.height // 28, self.image.width // 28
 
 
-class PageQuestions(_Writer):
+class PageQuestions(QuestionWriter):
     """The benchmark's own wording of questions, for the facts of one page."""
 
     def __init__(self, document: MiniDocument, page: MiniPage, rng: random.Random):
