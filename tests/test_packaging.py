@@ -7,6 +7,8 @@ import subprocess
 import tomllib
 from pathlib import Path
 
+import pandas as pd
+
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
@@ -38,6 +40,17 @@ def test_ci_runs_the_readmes_test_command():
     assert "make test" in (ROOT / ".ci" / "run").read_text()
     readme = (ROOT / "README.md").read_text()
     assert "make test" in readme and "make reproduce" in readme
+
+
+def test_the_readmes_table_is_that_of_the_results():
+    readme = (ROOT / "README.md").read_text()
+    results = pd.read_csv(ROOT / "results/laptop/retrieval_mmlongbench/metrics.csv").set_index("method")
+    for method in ("BM25, text layer, unstemmed", "BM25, layer and OCR", "Dense", "RRF", "Hybrid + GMM", "Default"):
+        row = results.loc[method]
+        cells = [
+            f"{row[m]:.1f} [{row[m + '_low']:.1f}, {row[m + '_high']:.1f}]" for m in ("R@1", "R@5", "R@10", "MRR@5")
+        ]
+        assert " | ".join(cells) in readme, method
 
 
 def test_modules_stay_readable():

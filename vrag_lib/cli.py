@@ -24,7 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"vrag {__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
-    for add in (_ask, _index, _serve, _view, _eval_retrieval, _bench, _minidocs, _config, _reproduce):
+    for add in (_ask, _index, _serve, _view, _eval_retrieval, _bench, _minidocs, _scale_model, _config, _reproduce):
         add(commands)
     return parser
 
@@ -204,6 +204,46 @@ def _minidocs(commands) -> None:
     parser.add_argument("--form", choices=["pdf", "images"], default="pdf", help="documents as (default: %(default)s)")
     parser.add_argument("--splits", nargs="+", default=["train", "validation", "test"], help="splits to write")
     parser.add_argument("--card", action="store_true", help="also write the data card with counts and pictures")
+
+
+def _scale_model(commands) -> None:
+    def prepare(arguments, name: str) -> tuple[Config, Path, Path, Path]:
+        """The config, where the model, its training checkpoints and its curves go; the same call goes on after a
+        kill. The number of threads is part of what makes a run repeatable."""
+        import torch
+
+        torch.set_num_threads(arguments.threads)
+        config = _read(arguments)
+        work = cache_dir() / "scale_model" / name
+        return config, Path(arguments.out or work / f"final-{name}"), work, config.folder(f"scale_{name}")
+
+    def policy(arguments) -> None:
+        from vrag_lib.scale_make import make_policy
+        from vrag_lib.scale_training import PolicyTraining
+
+        config, out, work, results = prepare(arguments, "policy")
+        make_policy(out, results, work, PolicyTraining.of_hours(arguments.hours, config.seed))
+        print(f"model  {out}\ncurves and evaluation  {results}")
+
+    def retriever(arguments) -> None:
+        from vrag_lib.scale_retriever_evaluation import evaluate_retriever, model_card
+        from vrag_lib.scale_retriever_training import train_retriever
+
+        config, out, work, results = prepare(arguments, "colqwen2")
+        train_retriever(out, arguments.hours, config.seed, work_dir=work, curves_dir=results)
+        summary = evaluate_retriever(out, results, "test", config.minidocs, engine="native", dtype="float32")
+        (out / "README.md").write_text(model_card(summary, arguments.hours, config.seed), encoding="utf-8")
+        print(f"model  {out}\ncurves and evaluation  {results}")
+
+    models = commands.add_parser("scale-model", help="train the laptop's tiny models", description="Scale models.")
+    kinds = models.add_subparsers(title="models", dest="model", required=True, metavar="MODEL")
+    policy_text = "train the tiny Qwen2.5-VL to read MiniDocs pages, from nothing, and measure it on the test split"
+    retriever_text = "train the tiny ColQwen2 to find MiniDocs pages, from nothing, and measure it on the test split"
+    for name, run, what in (("policy", policy, policy_text), ("retriever", retriever, retriever_text)):
+        parser = _command(kinds, name, run, what)
+        parser.add_argument("--hours", type=float, default=3.0, help="length on one free core; sets the steps (3)")
+        parser.add_argument("--threads", type=int, default=1, help="processor threads (default: %(default)s)")
+        parser.add_argument("--out", help="folder of the model (default: below the cache)")
 
 
 def _config(commands) -> None:
