@@ -220,6 +220,7 @@ def _time(
     with tqdm(total=total, desc=f"{count:,} pages", unit="search", file=sys.stderr) as bar:
         for turn, query in enumerate([queries[0], *queries]):
             for name, (method, _) in methods.items():
+                time.sleep(0.1)  # worker threads of the method before spin for a while before they sleep
                 start = time.perf_counter()
                 order = method(query)
                 if turn:
