@@ -225,7 +225,7 @@ def read_config(folder: str | Path) -> Config:
     return from_dict(json.loads(path.read_text())["config"])
 
 
-_RECORDED = ("torch", "transformers", "trl", "peft", "colpali-engine", "byaldi", "numpy", "pillow", "vllm")
+_RECORDED = ("torch", "transformers", "trl", "peft", "colpali-engine", "byaldi", "numpy", "numba", "pillow", "vllm")
 
 
 def provenance(seed: int | None = None) -> dict[str, Any]:
