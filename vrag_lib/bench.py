@@ -19,7 +19,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -266,7 +265,6 @@ def _fp64_ranking(query: np.ndarray, pages: np.ndarray) -> np.ndarray:
 def _write(table: pd.DataFrame, settings: dict[str, Any], folder: Path, seed: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     provenance = config.provenance(seed)
-    provenance["versions"]["numba"] = metadata.version("numba")
     provenance["hardware"]["load_average"] = os.getloadavg()[0]  # above the number of cores, others were at work
     table.to_csv(folder / "metrics.csv", index=False, float_format="%.6g")
     (folder / "config.json").write_text(json.dumps({"config": settings, "provenance": provenance}, indent=1) + "\n")

@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -163,8 +163,9 @@ def build_tiny_colqwen2(path: str | Path, seed: int = 0, max_vision_tokens: int 
     return _build(path, f"tiny-colqwen2-{max_vision_tokens}", seed, make)
 
 
-def build_tokenizer() -> Any:
-    """A Qwen2Tokenizer over bytes and the words of the built-in text, about 700 tokens; always the same."""
+def build_tokenizer(lines: Sequence[str] | None = None, vocab_size: int = 4096) -> Any:
+    """A Qwen2Tokenizer over bytes and what byte-pair merges find in `lines` (default: the built-in text, about 700
+    tokens), with Qwen's special tokens and the action tags; the same lines give the same tokenizer."""
     ensure_torchvision()
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, trainers
     from tokenizers.models import BPE
@@ -181,8 +182,8 @@ def build_tokenizer() -> Any:
     )
     trained.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=4096, initial_alphabet=alphabet, show_progress=False)
-    trained.train_from_iterator(_TEXT.splitlines(), trainer)
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
+    trained.train_from_iterator(_TEXT.splitlines() if lines is None else lines, trainer)
     model = json.loads(trained.to_str())["model"]
     tokenizer = Qwen2Tokenizer(
         vocab=model["vocab"],

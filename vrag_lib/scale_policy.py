@@ -9,11 +9,10 @@ and its figures cannot. `build_model` makes it with random weights, `scale_train
 from __future__ import annotations
 
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
-from vrag_lib import actions, minidocs_documents, minidocs_questions
+from vrag_lib import actions, minidocs_documents, minidocs_questions, scale_model
 from vrag_lib.geometry import PATCH
 from vrag_lib.minidocs_content import (
     BOARDS,
@@ -27,7 +26,7 @@ from vrag_lib.minidocs_content import (
     SURNAMES,
     entities,
 )
-from vrag_lib.scale_model import ACTION_TAGS, CHAT_TEMPLATE, SPECIAL_TOKENS
+from vrag_lib.scale_model import CHAT_TEMPLATE
 from vrag_lib.torch_setup import ensure_torchvision
 
 MIN_PIXELS = 96 * PATCH * PATCH
@@ -117,34 +116,7 @@ def _name_parts() -> list[str]:
 
 def build_tokenizer() -> Any:
     """A Qwen2Tokenizer: bytes, whole words of `vocabulary_text`, digits one by one, Qwen's special tokens, the tags."""
-    ensure_torchvision()
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, trainers
-    from tokenizers.models import BPE
-    from transformers import Qwen2Tokenizer
-    from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
-
-    trained = Tokenizer(BPE())
-    trained.normalizer = normalizers.NFC()
-    split = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated")
-    trained.pre_tokenizer = pre_tokenizers.Sequence(
-        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    trained.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=6000, initial_alphabet=alphabet, show_progress=False)
-    trained.train_from_iterator([*vocabulary_text(), *_name_parts()], trainer)
-    model = json.loads(trained.to_str())["model"]
-    tokenizer = Qwen2Tokenizer(
-        vocab=model["vocab"],
-        merges=[tuple(pair) for pair in model["merges"]],
-        unk_token="<|endoftext|>",
-        pad_token="<|endoftext|>",
-        eos_token="<|im_end|>",
-        extra_special_tokens=list(SPECIAL_TOKENS[1:]),
-        padding_side="left",
-    )
-    tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in ACTION_TAGS])
-    return tokenizer
+    return scale_model.build_tokenizer([*vocabulary_text(), *_name_parts()], vocab_size=6000)
 
 
 def build_processor() -> Any:

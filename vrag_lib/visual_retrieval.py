@@ -16,7 +16,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +27,7 @@ from tqdm import tqdm
 from vrag_lib import config
 from vrag_lib.maxsim import EmbeddingStore, id_order, merge_stores, rank
 from vrag_lib.page_encoder import ByaldiEncoder, PageEncoder, load_encoder
+from vrag_lib.rendering import write_atomically
 from vrag_lib.retrieval import Hit, RetrievalIndexError
 
 if TYPE_CHECKING:
@@ -206,7 +206,7 @@ def _build_index(corpus: Corpus, encoder: PageEncoder, index_dir: Path, cache: P
         check_distinct(((images[i], EmbeddingStore.load(files[i]).page(0)) for i in sample), encoder.name)
         (index_dir / _MANIFEST).unlink(missing_ok=True)  # from here on, the old index is no more
         merge_stores(files, index_dir / _EMBEDDINGS)
-    _write_atomically(index_dir / _MANIFEST, json.dumps(manifest, indent=1))
+    write_atomically(index_dir / _MANIFEST, json.dumps(manifest, indent=1).encode())
 
 
 def encode_missing(pages: dict[str, Page], encoder: PageEncoder, folder: Path) -> None:
@@ -303,9 +303,3 @@ def _locked(path: Path, what: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    os.replace(temporary, path)
