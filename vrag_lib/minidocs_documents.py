@@ -82,8 +82,8 @@ def _doc(default: int, text: str) -> Any:
 class MiniDocsConfig:
     """Everything a MiniDocs collection depends on. Sizes are raw page pixels; font sizes are em heights.
 
-    With the defaults a page of 1176 x 784 is shown whole at 336 x 224 (`PAGE_TOKENS`): labels and text come out at 10
-    pixels, figures at 4. A crop of a table row or a bar shows its figure at 13 pixels or more.
+    With the defaults a page of 1176 x 784 is shown whole at 336 x 224 (`PAGE_TOKENS`): labels and text come out at 11
+    pixels, figures at 6. A crop of a table row or a bar shows its figure at 18 pixels or more.
     """
 
     seed: int = _doc(0, "seed of all contents; names, families and palettes of a split do not depend on it")
@@ -96,9 +96,9 @@ class MiniDocsConfig:
     long_side: int = _doc(1176, "longer side of a page, raw pixels")
     short_side: int = _doc(784, "shorter side of a page, raw pixels")
     margin: int = _doc(48, "blank border, raw pixels")
-    title_px: int = _doc(46, "em height of titles, raw pixels")
-    label_px: int = _doc(36, "em height of labels and running text, raw pixels")
-    value_px: int = _doc(14, "em height of figures and small print, raw pixels")
+    title_px: int = _doc(48, "em height of titles, raw pixels")
+    label_px: int = _doc(38, "em height of labels and running text, raw pixels")
+    value_px: int = _doc(22, "em height of figures and small print, raw pixels")
 
     def __post_init__(self) -> None:
         if not len(REQUIRED_PAGES) < self.min_pages <= self.max_pages <= MOST_PAGES:

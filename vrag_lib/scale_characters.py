@@ -101,7 +101,7 @@ def _colours(rng: random.Random) -> tuple[tuple[int, ...], tuple[int, ...]]:
             return a, b
 
 
-def draw_character_page(rng: random.Random, rows: int, columns: int, em_range: tuple[int, int]) -> CharacterPage:
+def draw_character_page(rng: random.Random, rows: int, columns: int, em_range: tuple[float, float]) -> CharacterPage:
     """A page of `rows` x `columns` cells full of text whose em heights in the shown image lie in `em_range`."""
     shown_em = em_range[0] * (em_range[1] / em_range[0]) ** rng.random()
     raw_em = max(14, min(64, round(shown_em * rng.uniform(0.75, 3.2))))

@@ -169,7 +169,7 @@ class PageSamples:
                 SHORT_MONTHS.get(f.item, f.item) if page.kind == "line" else f.item for f in page.facts
             )
             turns.append(("items", ITEMS, ", ".join(items)))
-        turns += self.place_questions(view, 2)
+        turns += self.place_questions(view, 3)
         large = [t for t in page.canvas.texts if t.font.px * view.shown.height / view.box.height >= 9]
         if large and rng.random() < 0.5:
             text = rng.choice(large)
@@ -230,7 +230,7 @@ class PageSamples:
         run = min(
             page.canvas.texts, key=lambda t: abs(t.box.y1 - box.y1) + abs(t.box.x1 - box.x1) + abs(t.box.x2 - box.x2)
         )
-        scale = rng.uniform(12, 30) / run.font.px
+        scale = rng.uniform(14, 36) / run.font.px
         rows = max(rng.choice((1, 2, 2, 3)), math.ceil(box.height * scale / PATCH))
         columns = max(math.ceil(box.width * scale / PATCH) + 1, rng.randint(3, 16))
         width, height = columns * PATCH / scale, rows * PATCH / scale
