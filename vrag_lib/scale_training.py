@@ -141,7 +141,7 @@ def dense_stage(visual: Any, head: Any, schedule: Schedule, folder: Path, curve:
                     tally.add({f"chars_em{low}-{high}_{metric}": count for metric, count in counts.items()})
         return tally.rates()
 
-    train("dense", {"visual": visual, "head": head}, step, schedule, folder, curve, evaluate)
+    train("dense", {"visual": visual, "head": head}, step, schedule, folder, curve, evaluate, eval_every=500)
 
 
 def reading_stage(
