@@ -196,7 +196,7 @@ def word_page(rng: random.Random, grid: tuple[int, int], vocabulary: Vocabulary)
     else:
         ground, ink = _contrasting(rng)
     canvas = Canvas(size, ground)
-    em = rng.choice((15.4, 15.4, 19.7, rng.uniform(11, 26))) * scale
+    em = rng.choice((16.3, 16.3, 20.6, rng.uniform(11, 26))) * scale
     y = rng.uniform(-0.2, 1.0) * em
     while y < size.height:
         px = max(8, round(em * rng.choice((1, 1, 1, 0.85, 1.25))))
