@@ -24,7 +24,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from vrag_lib.minidocs_documents import MiniDocsConfig
+from vrag_lib.minidocs_documents import PAGE_TOKENS, MiniDocsConfig
 
 
 class ConfigError(ValueError):
@@ -86,6 +86,118 @@ class PolicyConfig:
     dtype: str = _doc("auto", "auto, float32 or bfloat16")
 
 
+LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+"""Every matrix of the language model; the vision tower has leaves of the same names and is left out."""
+
+
+@dataclass(frozen=True)
+class SynthesisConfig:
+    """Multi-expert sampling of the cold-start data (paper §2.2; its numbers of samples are the authors', issue 21)."""
+
+    experts: str = _doc("scripted", "scripted (MiniDocs only) or openai")
+    planner: str = _doc("", "openai: the planner's model at policy.base_url (paper: Qwen-VL-Max)")
+    grounder: str = _doc("", "openai: the grounding expert's model there (paper: Qwen2.5-VL-72B-Instruct)")
+    variant: str = _doc("relocate", "relocate (paper), next_reply (released code), planner or grounder alone")
+    oracle_pages: bool = _doc(False, "show gold pages first if they rank at all (released code, trap T20)")
+    samples_per_question: int = _doc(2, "trajectories sampled per question")
+    temperature: float = _doc(1.0, "openai: sampling temperature of the planner")
+    trajectories: int = _doc(3000, "trajectories kept for SFT at most, after filters and balance")
+    rl_questions: int = _doc(2000, "questions set apart for reinforcement learning, of other documents")
+    documents: int = _doc(650, "MiniDocs training documents that both are drawn from")
+    concurrency: int = _doc(8, "openai: requests under way at once")
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """Supervised fine-tuning; the defaults are the paper's (Table 5)."""
+
+    epochs: float = _doc(3.0, "passes over the trajectories")
+    batch_size: int = _doc(16, "trajectories per optimizer step, over all processes")
+    micro_batch_size: int = _doc(1, "trajectories per forward pass and process")
+    learning_rate: float = _doc(1e-5, "peak learning rate of AdamW (LoRA: about ten times as much)")
+    warmup_ratio: float = _doc(0.1, "share of the steps over which the learning rate rises")
+    schedule: str = _doc("cosine", "after the warm-up: cosine, linear or constant_with_warmup")
+    weight_decay: float = _doc(0.0, "AdamW's weight decay")
+    max_grad_norm: float = _doc(1.0, "gradients are scaled down to this norm")
+    max_tokens: int = _doc(16384, "longer trajectories are left out, tokens, image tokens counted (paper: cutoff)")
+    train_invalid: bool = _doc(False, "whether replies that were invalid are trained on, too")
+    lora_rank: int = _doc(0, "rank of the LoRA adapter; 0 trains all weights (paper: full)")
+    lora_alpha: int = _doc(64, "LoRA's scale: the update is multiplied by alpha over rank")
+    lora_targets: str = _doc(LORA_TARGETS, "regular expression of the modules that get an adapter")
+    freeze_vision: bool = _doc(True, "whether vision tower and projector stay as they are (paper: frozen)")
+    gradient_checkpointing: bool = _doc(False, "recompute activations: less memory, a third more time")
+    save_steps: int = _doc(50, "optimizer steps between checkpoints, and between validations")
+    keep_checkpoints: int = _doc(2, "newest checkpoints kept")
+
+
+@dataclass(frozen=True)
+class GRPOConfig:
+    """Reinforcement learning; the defaults are the paper's (Table 6) or, where it is silent, the released script's."""
+
+    steps: int = _doc(62, "rollouts: each samples questions_per_step x group_size trajectories")
+    questions_per_step: int = _doc(32, "questions per rollout, over all processes")
+    group_size: int = _doc(5, "trajectories per question")
+    updates_per_step: int = _doc(1, "optimizer steps per rollout, each on whole groups (released code: 5)")
+    iterations: int = _doc(1, "times a rollout is trained on")
+    micro_batch_size: int = _doc(1, "trajectories per forward pass and process")
+    learning_rate: float = _doc(1e-6, "peak learning rate of AdamW (LoRA: about ten times as much)")
+    warmup_steps: int = _doc(5, "optimizer steps over which the learning rate rises, from 0 at the first")
+    schedule: str = _doc("constant_with_warmup", "after the warm-up: constant_with_warmup, linear or cosine")
+    max_grad_norm: float = _doc(1.0, "gradients are scaled down to this norm")
+    advantage: str = _doc("group", "baseline of a reward: group (mean of the group) or leave_one_out")
+    advantage_std: bool = _doc(True, "group: divide by the standard deviation of the group's rewards")
+    normalisation: str = _doc("sequence", "weight of a token: sequence, token or constant (advantages.loss_weights)")
+    constant_length: int = _doc(2048, "normalisation=constant: tokens that each trajectory is divided by")
+    clip_low: float = _doc(0.2, "the ratio of an unwelcome token is not followed below 1 - clip_low")
+    clip_high: float = _doc(0.2, "the ratio of a welcome token is not followed above 1 + clip_high")
+    kl_coefficient: float = _doc(0.01, "weight of the KL to the reference in the loss; 0 leaves the reference out")
+    kl_clamp: float = _doc(10.0, "largest KL of one token, nats")
+    old_logprobs: str = _doc("trainer", "denominator of the ratio: trainer (recomputed before training) or sampler")
+    resample_rounds: int = _doc(0, "times that groups whose rewards are all equal are replaced by other questions")
+    mask_broken: bool = _doc(True, "do not train on trajectories that ended in an error or a full context")
+    temperature: float = _doc(1.0, "sampling temperature")
+    max_reply_tokens: int = _doc(2048, "longest reply, tokens")
+    max_context_tokens: int = _doc(10240, "longest context with its reply, tokens, image tokens counted")
+    max_sampled_tokens: int | None = _doc(None, "tokens sampled in one trajectory after which it stops; none: no limit")
+    rollout_batch_size: int = _doc(16, "conversations generated together, per process")
+    lora_rank: int = _doc(64, "rank of the LoRA adapter; 0 trains all weights (paper: full)")
+    lora_alpha: int = _doc(64, "LoRA's scale: the update is multiplied by alpha over rank")
+    lora_targets: str = _doc(LORA_TARGETS, "regular expression of the modules that get an adapter")
+    freeze_vision: bool = _doc(True, "whether vision tower and projector stay as they are")
+    gradient_checkpointing: bool = _doc(False, "recompute activations: less memory, a third more time")
+    save_steps: int = _doc(25, "rollouts between checkpoints")
+    keep_checkpoints: int = _doc(2, "newest checkpoints kept")
+
+    @property
+    def rows(self) -> int:
+        """Trajectories per rollout."""
+        return self.questions_per_step * self.group_size
+
+    def validate(self, processes: int = 1) -> None:
+        """Raises ValueError, naming the setting, when the numbers do not fit each other or `processes`."""
+        if self.group_size < 2:
+            raise ValueError(f"group_size={self.group_size}: an advantage needs at least two trajectories per question")
+        if self.updates_per_step > 1 and self.questions_per_step % (self.updates_per_step * processes):
+            raise ValueError(
+                f"questions_per_step={self.questions_per_step} is not a multiple of updates_per_step x processes = "
+                f"{self.updates_per_step} x {processes}, and a group is not split over optimizer steps"
+            )
+        if self.rows % (self.updates_per_step * self.micro_batch_size * processes):
+            raise ValueError(
+                f"{self.rows} trajectories per rollout are not a multiple of updates_per_step x micro_batch_size x "
+                f"processes = {self.updates_per_step} x {self.micro_batch_size} x {processes}"
+            )
+        if self.temperature <= 0:
+            raise ValueError("temperature=0 is greedy: all trajectories of a group would be the same")
+        for name, allowed in (
+            ("advantage", ("group", "leave_one_out")),
+            ("normalisation", ("sequence", "token", "constant")),
+            ("old_logprobs", ("trainer", "sampler")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+
+
 @dataclass(frozen=True)
 class Config:
     """Everything one run depends on."""
@@ -99,6 +211,9 @@ class Config:
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     minidocs: MiniDocsConfig = field(default_factory=MiniDocsConfig)
+    synthesis: SynthesisConfig = field(default_factory=SynthesisConfig)
+    sft: SFTConfig = field(default_factory=SFTConfig)
+    grpo: GRPOConfig = field(default_factory=GRPOConfig)
 
     def folder(self, stage: str) -> Path:
         """Where the results of one stage lie."""
@@ -106,24 +221,56 @@ class Config:
 
 
 def _gpu(preset: str, model: str, **policy: Any) -> Config:
+    """One card: LoRA instead of full weights, at the ten times higher rate that LoRA takes."""
     return Config(
         preset=preset,
         retrieval=RetrievalConfig(kind="visual", model="vidore/colqwen2-v1.0"),
         policy=PolicyConfig(kind="transformers", model=model, device="cuda", dtype="bfloat16", **policy),
+        synthesis=SynthesisConfig(experts="openai"),
+        sft=SFTConfig(lora_rank=64, learning_rate=1e-4, gradient_checkpointing=True),
+        grpo=GRPOConfig(learning_rate=1e-5, gradient_checkpointing=True),
     )
+
+
+def _paper() -> Config:
+    one_card = _gpu("paper", "Qwen/Qwen2.5-VL-7B-Instruct", batch_size=32)
+    full = {"lora_rank": 0, "gradient_checkpointing": True}
+    return dataclasses.replace(one_card, sft=SFTConfig(**full), grpo=GRPOConfig(**full))
 
 
 PRESETS: dict[str, Config] = {
     "laptop": Config(),
     "gpu_3b": _gpu("gpu_3b", "Qwen/Qwen2.5-VL-3B-Instruct"),
     "gpu_7b": _gpu("gpu_7b", "Qwen/Qwen2.5-VL-7B-Instruct"),
-    "paper": _gpu("paper", "Qwen/Qwen2.5-VL-7B-Instruct", batch_size=32),
+    "paper": _paper(),
 }
 """`laptop` needs no GPU and no model hub; `gpu_*` one card; `paper` the published 8xA100 settings."""
 
+EXPERIMENTS: dict[str, Config] = PRESETS | {
+    "laptop": Config(
+        retrieval=RetrievalConfig(kind="visual"),
+        environment=EnvironmentConfig(min_pixels=PAGE_TOKENS * 28 * 28, max_pixels=PAGE_TOKENS * 28 * 28),
+        policy=PolicyConfig(
+            kind="transformers", max_reply_tokens=96, max_context_tokens=2048, batch_size=32, device="cpu"
+        ),
+        sft=SFTConfig(
+            batch_size=16, micro_batch_size=16, learning_rate=5e-4, max_tokens=2048, save_steps=100, warmup_ratio=0.05
+        ),
+        grpo=GRPOConfig(
+            max_reply_tokens=96, max_context_tokens=2048, rollout_batch_size=32, lora_rank=16, lora_alpha=32,
+            learning_rate=1e-3,
+        ),
+    )
+}  # fmt: skip
+"""The same presets for the stages of the paper's experiment. On `laptop` these run on MiniDocs with the scale models;
+one's own documents, which `vrag ask` reads, are shown larger and need no model."""
 
-def load_config(preset: str = "laptop", overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """The preset with `key=value` overrides applied, dotted keys for stages.
+
+def load_config(
+    preset: str = "laptop", overrides: list[str] | tuple[str, ...] = (), experiment: bool = False
+) -> Config:
+    """The preset with `key=value` overrides applied, dotted keys for stages; with `experiment` the preset as the stages
+    of the paper's experiment use it (`EXPERIMENTS`).
 
     >>> load_config("laptop", ["environment.max_turns=4"]).environment.max_turns
     4
@@ -132,7 +279,7 @@ def load_config(preset: str = "laptop", overrides: list[str] | tuple[str, ...] =
     """
     if preset not in PRESETS:
         raise ConfigError(f"there is no preset {preset!r}; presets are {', '.join(PRESETS)}")
-    config = PRESETS[preset]
+    config = (EXPERIMENTS if experiment else PRESETS)[preset]
     for text in overrides:
         key, sign, value = text.partition("=")
         if not sign:

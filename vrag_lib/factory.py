@@ -73,6 +73,12 @@ def laptop_colqwen2() -> Path:
     return build_tiny_colqwen2(cache_dir() / "models" / "tiny-colqwen2")
 
 
+def scale_policy() -> Path | None:
+    """The scale policy that the repository ships: what the laptop's experiment starts from; None where it is absent."""
+    shipped = Path(__file__).resolve().parent.parent / "data" / "scale_policy"
+    return shipped if (shipped / "config.json").is_file() else None
+
+
 def make_policy(corpus: Corpus, config: Config) -> Policy:
     """The policy named by `policy.kind`.
 
@@ -91,10 +97,11 @@ def make_policy(corpus: Corpus, config: Config) -> Policy:
     if settings.kind == "transformers":
         from vrag_lib.policy_transformers import TransformersPolicy
 
-        if not settings.model:
+        model = settings.model or scale_policy()
+        if not model:
             raise ConfigError("policy.kind=transformers needs policy.model=, a path or hub id of a Qwen2-VL-type model")
         return TransformersPolicy.from_pretrained(
-            settings.model,
+            model,
             corpus,
             device=settings.device,
             dtype=settings.dtype,

@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,11 +21,11 @@ import numpy as np
 
 from vrag_lib.actions import ActionKind, InvalidReason
 from vrag_lib.advantages import group_deviation, group_relative, has_signal, leave_one_out, token_advantages
-from vrag_lib.config import EnvironmentConfig, _doc
+from vrag_lib.config import EnvironmentConfig, GRPOConfig
 from vrag_lib.corpus import Corpus, Question
 from vrag_lib.policy import Policy
 from vrag_lib.retrieval import Retriever
-from vrag_lib.training import LORA_TARGETS, last_checkpoint, process_count
+from vrag_lib.training import last_checkpoint, process_count
 from vrag_lib.trajectory import StopReason, Trajectory
 
 if TYPE_CHECKING:
@@ -40,74 +39,6 @@ Credit = Callable[[Trajectory], Mapping[str, Sequence[float]]]
 
 Sampler = Callable[["TransformersPolicy"], Policy]
 """Called before each rollout with the policy under training; returns who samples (an engine given the new weights)."""
-
-
-@dataclass(frozen=True)
-class GRPOConfig:
-    """Reinforcement learning; the defaults are the paper's (Table 6) or, where it is silent, the released script's."""
-
-    steps: int = _doc(62, "rollouts: each samples questions_per_step x group_size trajectories")
-    questions_per_step: int = _doc(32, "questions per rollout, over all processes")
-    group_size: int = _doc(5, "trajectories per question")
-    updates_per_step: int = _doc(1, "optimizer steps per rollout, each on whole groups (released code: 5)")
-    iterations: int = _doc(1, "times a rollout is trained on")
-    micro_batch_size: int = _doc(1, "trajectories per forward pass and process")
-    learning_rate: float = _doc(1e-6, "peak learning rate of AdamW (LoRA: about ten times as much)")
-    warmup_steps: int = _doc(5, "optimizer steps over which the learning rate rises, from 0 at the first")
-    schedule: str = _doc("constant_with_warmup", "after the warm-up: constant_with_warmup, linear or cosine")
-    max_grad_norm: float = _doc(1.0, "gradients are scaled down to this norm")
-    advantage: str = _doc("group", "baseline of a reward: group (mean of the group) or leave_one_out")
-    advantage_std: bool = _doc(True, "group: divide by the standard deviation of the group's rewards")
-    normalisation: str = _doc("sequence", "weight of a token: sequence, token or constant (advantages.loss_weights)")
-    constant_length: int = _doc(2048, "normalisation=constant: tokens that each trajectory is divided by")
-    clip_low: float = _doc(0.2, "the ratio of an unwelcome token is not followed below 1 - clip_low")
-    clip_high: float = _doc(0.2, "the ratio of a welcome token is not followed above 1 + clip_high")
-    kl_coefficient: float = _doc(0.01, "weight of the KL to the reference in the loss; 0 leaves the reference out")
-    kl_clamp: float = _doc(10.0, "largest KL of one token, nats")
-    old_logprobs: str = _doc("trainer", "denominator of the ratio: trainer (recomputed before training) or sampler")
-    resample_rounds: int = _doc(0, "times that groups whose rewards are all equal are replaced by other questions")
-    mask_broken: bool = _doc(True, "do not train on trajectories that ended in an error or a full context")
-    temperature: float = _doc(1.0, "sampling temperature")
-    max_reply_tokens: int = _doc(2048, "longest reply, tokens")
-    max_context_tokens: int = _doc(10240, "longest context with its reply, tokens, image tokens counted")
-    max_sampled_tokens: int | None = _doc(None, "tokens sampled in one trajectory after which it stops; none: no limit")
-    rollout_batch_size: int = _doc(16, "conversations generated together, per process")
-    lora_rank: int = _doc(64, "rank of the LoRA adapter; 0 trains all weights (paper: full)")
-    lora_alpha: int = _doc(64, "LoRA's scale: the update is multiplied by alpha over rank")
-    lora_targets: str = _doc(LORA_TARGETS, "regular expression of the modules that get an adapter")
-    freeze_vision: bool = _doc(True, "whether vision tower and projector stay as they are")
-    gradient_checkpointing: bool = _doc(False, "recompute activations: less memory, a third more time")
-    save_steps: int = _doc(25, "rollouts between checkpoints")
-    keep_checkpoints: int = _doc(2, "newest checkpoints kept")
-
-    @property
-    def rows(self) -> int:
-        """Trajectories per rollout."""
-        return self.questions_per_step * self.group_size
-
-    def validate(self, processes: int = 1) -> None:
-        """Raises ValueError, naming the setting, when the numbers do not fit each other or `processes`."""
-        if self.group_size < 2:
-            raise ValueError(f"group_size={self.group_size}: an advantage needs at least two trajectories per question")
-        if self.updates_per_step > 1 and self.questions_per_step % (self.updates_per_step * processes):
-            raise ValueError(
-                f"questions_per_step={self.questions_per_step} is not a multiple of updates_per_step x processes = "
-                f"{self.updates_per_step} x {processes}, and a group is not split over optimizer steps"
-            )
-        if self.rows % (self.updates_per_step * self.micro_batch_size * processes):
-            raise ValueError(
-                f"{self.rows} trajectories per rollout are not a multiple of updates_per_step x micro_batch_size x "
-                f"processes = {self.updates_per_step} x {self.micro_batch_size} x {processes}"
-            )
-        if self.temperature <= 0:
-            raise ValueError("temperature=0 is greedy: all trajectories of a group would be the same")
-        for name, allowed in (
-            ("advantage", ("group", "leave_one_out")),
-            ("normalisation", ("sequence", "token", "constant")),
-            ("old_logprobs", ("trainer", "sampler")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is one of {', '.join(allowed)}, not {getattr(self, name)!r}")
 
 
 def question_order(count: int, needed: int, seed: int) -> list[int]:

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vrag_lib.config import _doc
+from vrag_lib.config import SFTConfig
 from vrag_lib.corpus import Corpus
 from vrag_lib.policy_transformers import TransformersPolicy
 from vrag_lib.torch_setup import ensure_torchvision
-from vrag_lib.training import LORA_TARGETS, RunFolder, freeze_vision, last_checkpoint, lora_config, process_count
+from vrag_lib.training import RunFolder, freeze_vision, last_checkpoint, lora_config, process_count
 from vrag_lib.training_batch import Example, UntrainableError, example_of
 from vrag_lib.trajectory import Trajectory
 
@@ -30,29 +30,6 @@ logger = logging.getLogger(__name__)
 
 IGNORED = -100
 """Label of a token that is not trained on."""
-
-
-@dataclass(frozen=True)
-class SFTConfig:
-    """Supervised fine-tuning; the defaults are the paper's (Table 5)."""
-
-    epochs: float = _doc(3.0, "passes over the trajectories")
-    batch_size: int = _doc(16, "trajectories per optimizer step, over all processes")
-    micro_batch_size: int = _doc(1, "trajectories per forward pass and process")
-    learning_rate: float = _doc(1e-5, "peak learning rate of AdamW (LoRA: about ten times as much)")
-    warmup_ratio: float = _doc(0.1, "share of the steps over which the learning rate rises")
-    schedule: str = _doc("cosine", "after the warm-up: cosine, linear or constant_with_warmup")
-    weight_decay: float = _doc(0.0, "AdamW's weight decay")
-    max_grad_norm: float = _doc(1.0, "gradients are scaled down to this norm")
-    max_tokens: int = _doc(16384, "longer trajectories are left out, tokens, image tokens counted (paper: cutoff)")
-    train_invalid: bool = _doc(False, "whether replies that were invalid are trained on, too")
-    lora_rank: int = _doc(0, "rank of the LoRA adapter; 0 trains all weights (paper: full)")
-    lora_alpha: int = _doc(64, "LoRA's scale: the update is multiplied by alpha over rank")
-    lora_targets: str = _doc(LORA_TARGETS, "regular expression of the modules that get an adapter")
-    freeze_vision: bool = _doc(True, "whether vision tower and projector stay as they are (paper: frozen)")
-    gradient_checkpointing: bool = _doc(False, "recompute activations: less memory, a third more time")
-    save_steps: int = _doc(50, "optimizer steps between checkpoints, and between validations")
-    keep_checkpoints: int = _doc(2, "newest checkpoints kept")
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vrag_lib.config import LORA_TARGETS
 from vrag_lib.torch_setup import ensure_torchvision
 
 if TYPE_CHECKING:
     import torch
-
-LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-"""Every matrix of the language model; the vision tower has leaves of the same names and is left out."""
 
 _STATE, _OPTIMIZER = "trainer_state.json", "optimizer.safetensors"
 
