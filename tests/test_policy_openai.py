@@ -3,118 +3,62 @@
 from __future__ import annotations
 
 import base64
-import gzip
 import io
-import json
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from email.utils import formatdate
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import pytest
+from chat_server import (
+    BOMB,
+    REFUSAL,
+    SECRET,
+    TOO_LONG,
+    Server,
+    cut_off,
+    drip,
+    drip_headers,
+    hang,
+    impatient,
+    one_page_corpus,
+    page,
+    running_server,
+    say,
+    send,
+    ten_megabytes,
+)
 from PIL import Image
 
 from vrag_lib.actions import STOP_STRINGS
-from vrag_lib.corpus import Corpus, Document, Page
-from vrag_lib.geometry import Box, Size, View
+from vrag_lib.corpus import Corpus
+from vrag_lib.geometry import Box
 from vrag_lib.policy import Policy, Reply
 from vrag_lib.policy_openai import OpenAIPolicy, close_action
 from vrag_lib.trajectory import ImageRef, Turn
 
-SECRET = "sk-very-secret-123"
-
-
-class Server:
-    """Answers the n-th request with the n-th behaviour, the last one from then on; keeps what it was sent."""
-
-    def __init__(self) -> None:
-        self.behaviours: list[Callable] = []
-        self.requests: list[dict] = []
-        self.headers: list[dict] = []
-        self.times: list[float] = []
-        self.lock = threading.Lock()
-        self.now = self.most_at_once = 0
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with outer.lock:
-                    n = len(outer.requests)
-                    outer.requests.append(body)
-                    outer.headers.append(dict(self.headers))
-                    outer.times.append(time.monotonic())
-                    outer.now += 1
-                    outer.most_at_once = max(outer.most_at_once, outer.now)
-                try:
-                    outer.behaviours[min(n, len(outer.behaviours) - 1)](self, body)
-                except (BrokenPipeError, ConnectionResetError):
-                    pass  # the policy hung up, as it should
-                finally:
-                    with outer.lock:
-                        outer.now -= 1
-
-            def log_message(self, *arguments: object) -> None:
-                """Quiet."""
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.http.server_address[1]}/v1"
-        threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    server = Server()
-    yield server
-    server.http.shutdown()
-    server.http.server_close()
+    with running_server() as server:
+        yield server
 
 
 @pytest.fixture
 def corpus(tmp_path) -> Corpus:
-    Image.new("RGB", (100, 140), "white").save(tmp_path / "p.png")
-    pages = (
-        Page("d_1", "d", 1, tmp_path / "p.png", Size(100, 140)),
-        Page("d_2", "d", 2, tmp_path / "missing.png", Size(100, 140)),
-    )
-    return Corpus([Document("d", tmp_path / "d.pdf", "0" * 64, pages)])
+    return one_page_corpus(tmp_path)
 
 
 @pytest.fixture
 def make(server, corpus):
     def build(**settings) -> OpenAIPolicy:
-        fast = {"backoff": 0.01, "connect_timeout": 2, "read_timeout": 0.4, "total_timeout": 1.0, "max_retries": 2}
-        return OpenAIPolicy(corpus, server.url, "tiny", **({"api_key": SECRET} | fast | settings))
+        return OpenAIPolicy(corpus, **impatient(server.url, **settings))
 
     return build
 
 
-def send(data: bytes | str, status: int = 200, headers: dict | None = None) -> Callable:
-    raw = data.encode() if isinstance(data, str) else data
-
-    def behave(handler: BaseHTTPRequestHandler, body: dict) -> None:
-        handler.send_response(status)
-        for name, value in ({"Content-Length": str(len(raw))} | (headers or {})).items():
-            handler.send_header(name, value)
-        handler.end_headers()
-        handler.wfile.write(raw)
-
-    return behave
-
-
-def say(text: object, finish: str = "stop", **choice: object) -> Callable:
-    message = {"role": "assistant", "content": text}
-    return send(json.dumps({"choices": [{"message": message, "finish_reason": finish} | choice]}))
-
-
 def ask(text: str = "why?") -> list[Turn]:
     return [Turn("user", text)]
-
-
-def page(page_id: str) -> ImageRef:
-    return ImageRef(page_id, View.of_page(Size(100, 140), 28 * 28, 64 * 28 * 28))
 
 
 def one(policy: OpenAIPolicy) -> Reply:
@@ -147,6 +91,15 @@ def test_messages_hold_images_first_then_text(server, make):
         head, data = message["content"][0]["image_url"]["url"].split(",")
         image = Image.open(io.BytesIO(base64.b64decode(data)))
         assert head == "data:image/png;base64" and image.size == (ref.view.shown.width, ref.view.shown.height)
+
+
+def test_the_system_prompt_comes_first_and_seeded_replies_are_kept(server, make, tmp_path):
+    server.behaviours = [say("<answer>1")]
+    policy = make(system_prompt="Be brief.", cache=tmp_path / "kept")
+    policy.generate([ask()], seeds=[1])
+    assert policy.generate([ask()], seeds=[1])[0].text == "<answer>1</answer>"
+    assert server.requests[0]["messages"][0] == {"role": "system", "content": "Be brief."}
+    assert len(server.requests) == 1 and policy.usage.cache_hits == 1
 
 
 def test_jpeg_and_extra_body(server, make):
@@ -191,43 +144,6 @@ def test_retries_until_the_server_recovers(server, make):
     policy = make()
     assert one(policy).text == "<answer>1</answer>"
     assert policy.failures == {"server": 1, "bad_json": 1} and policy.failed_conversations == 0
-
-
-def hang(handler: BaseHTTPRequestHandler, body: dict) -> None:
-    time.sleep(1.5)
-
-
-def drip(handler: BaseHTTPRequestHandler, body: dict) -> None:
-    handler.send_response(200)
-    handler.end_headers()
-    for _ in range(40):
-        handler.wfile.write(b" ")
-        handler.wfile.flush()
-        time.sleep(0.1)
-
-
-def drip_headers(handler: BaseHTTPRequestHandler, body: dict) -> None:
-    handler.wfile.write(b"HTTP/1.1 200 OK\r\n")
-    for i in range(40):
-        handler.wfile.write(f"X-{i}: 1\r\n".encode())
-        handler.wfile.flush()
-        time.sleep(0.1)
-
-
-def cut_off(handler: BaseHTTPRequestHandler, body: dict) -> None:
-    handler.send_response(200)
-    handler.send_header("Content-Length", "1000")
-    handler.end_headers()
-    handler.wfile.write(b'{"choices": [{"mess')
-
-
-def ten_megabytes(handler: BaseHTTPRequestHandler, body: dict) -> None:
-    say("a" * 10_000_000)(handler, body)
-
-
-BOMB = send(gzip.compress(b" " * 20_000_000), headers={"Content-Encoding": "gzip"})
-REFUSAL = send(json.dumps({"choices": [{"message": {"content": None, "refusal": "I will not"}}]}))
-TOO_LONG = send('{"error": {"code": "context_length_exceeded", "message": "maximum context length is 8192"}}', 400)
 
 
 @pytest.mark.parametrize(
