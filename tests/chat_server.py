@@ -81,8 +81,8 @@ def page(page_id: str) -> ImageRef:
 
 
 def impatient(url: str, **settings: object) -> dict:
-    """Arguments of any client of the server: quick to give up, no cache unless named."""
-    fast = {"backoff": 0.01, "connect_timeout": 2, "read_timeout": 0.4, "total_timeout": 1.0, "max_retries": 2}
+    """Arguments of any client of the server: quick to try again, no cache unless named."""
+    fast = {"backoff": 0.01, "connect_timeout": 5, "read_timeout": 10, "total_timeout": 20, "max_retries": 2}
     return {"base_url": url, "model": "tiny", "api_key": SECRET, "cache": None} | fast | settings
 
 
@@ -104,8 +104,15 @@ def say(text: object, finish: str = "stop", **choice: object) -> Callable:
     return send(json.dumps({"choices": [{"message": message, "finish_reason": finish} | choice]}))
 
 
+TINY_TIMEOUTS = {"read_timeout": 0.25, "total_timeout": 0.4}
+"""For a server that hangs and does nothing else: a busy machine takes longer to answer."""
+
+SHORT_TIMEOUTS = {"read_timeout": 2.5, "total_timeout": 5.0}
+"""For a server that hangs among other things."""
+
+
 def hang(handler: BaseHTTPRequestHandler, body: dict) -> None:
-    time.sleep(1.5)
+    time.sleep(20)
 
 
 def drip(handler: BaseHTTPRequestHandler, body: dict) -> None:

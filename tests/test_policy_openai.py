@@ -14,6 +14,7 @@ from chat_server import (
     BOMB,
     REFUSAL,
     SECRET,
+    TINY_TIMEOUTS,
     TOO_LONG,
     Server,
     cut_off,
@@ -178,7 +179,7 @@ def test_retries_until_the_server_recovers(server, make):
 )  # fmt: skip
 def test_every_failure_is_counted_and_becomes_an_error(server, make, behaviour, kind, attempts):
     server.behaviours = [behaviour]
-    policy = make(read_timeout=0.25, total_timeout=0.4)
+    policy = make(**TINY_TIMEOUTS if kind == "timeout" else {})
     reply = one(policy)
     assert reply.finish_reason == "error" and reply.text == "" and reply.error.startswith(f"{kind}: ")
     assert policy.failures == {kind: attempts} and len(server.requests) == attempts

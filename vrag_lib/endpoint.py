@@ -43,7 +43,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from urllib.parse import urlsplit
@@ -53,6 +53,8 @@ from vrag_lib.rendering import read_json, write_atomically
 from vrag_lib.trajectory import ImageRef, clean_text
 
 if TYPE_CHECKING:
+    import ssl
+
     import httpx
 
     from vrag_lib.corpus import Corpus
@@ -235,7 +237,7 @@ class Endpoint:
         timeout = httpx.Timeout(self._read_timeout, connect=self._connect_timeout, pool=None)
         limit = asyncio.Semaphore(self._concurrency)
         refused = asyncio.Event()  # set by the first wrong key: the server would say the same to all
-        async with httpx.AsyncClient(headers=headers, timeout=timeout) as client:
+        async with httpx.AsyncClient(headers=headers, timeout=timeout, verify=_tls()) as client:
             return list(await asyncio.gather(*(self._one(client, limit, refused, request) for request in requests)))
 
     async def _one(
@@ -374,6 +376,14 @@ class Endpoint:
             self.usage.add(**counts)
         else:
             self.usage.add(without_usage=1)
+
+
+@cache
+def _tls() -> ssl.SSLContext:
+    """Reading all certificates anew for each batch of requests would take longer than a local server's reply."""
+    import httpx
+
+    return httpx.create_ssl_context()
 
 
 _KEPT = ("text", "finish_reason", "end_of_turn")
