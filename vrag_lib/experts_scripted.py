@@ -253,8 +253,9 @@ class ScriptedJudge:
 
 
 def point(image: ImageRef, region: Box, rng: random.Random, spread: float, astray: float) -> Box:
-    """A box for a region (raw pixels) in the shown pixels of an image: its sides moved outwards by `spread` of its size
-    with a normal error as large, for whoever points leaves some room; with probability `astray` a box of that size somewhere else. Always a valid box of the image."""
+    """A box for a region (raw pixels) in the shown pixels of an image: its sides moved outwards by `spread` of its
+    size, with a normal error as large, for whoever points leaves some room; with probability `astray` a box of that
+    size somewhere else. Always a valid box of the image."""
     view = image.view
     target = view.to_shown(region)
     width, height = view.shown.width, view.shown.height
