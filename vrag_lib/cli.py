@@ -207,7 +207,7 @@ def _minidocs(commands) -> None:
 
 
 def _scale_model(commands) -> None:
-    def prepare(arguments, name: str) -> tuple[Config, Path, Path, Path]:
+    def prepare(arguments, name: str, kind: str) -> tuple[Config, Path, Path, Path]:
         """The config, where the model, its training checkpoints and its curves go; the same call goes on after a
         kill. The number of threads is part of what makes a run repeatable."""
         import torch
@@ -215,13 +215,13 @@ def _scale_model(commands) -> None:
         torch.set_num_threads(arguments.threads)
         config = _read(arguments)
         work = cache_dir() / "scale_model" / name
-        return config, Path(arguments.out or work / f"final-{name}"), work, config.folder(f"scale_{name}")
+        return config, Path(arguments.out or work / f"final-{name}"), work, config.folder("scale_model") / kind
 
     def policy(arguments) -> None:
         from vrag_lib.scale_make import make_policy
         from vrag_lib.scale_training import PolicyTraining
 
-        config, out, work, results = prepare(arguments, "policy")
+        config, out, work, results = prepare(arguments, "policy", "policy")
         make_policy(out, results, work, PolicyTraining.of_hours(arguments.hours, config.seed))
         print(f"model  {out}\ncurves and evaluation  {results}")
 
@@ -229,11 +229,21 @@ def _scale_model(commands) -> None:
         from vrag_lib.scale_retriever_evaluation import evaluate_retriever, model_card
         from vrag_lib.scale_retriever_training import train_retriever
 
-        config, out, work, results = prepare(arguments, "colqwen2")
+        config, out, work, results = prepare(arguments, "colqwen2", "retriever")
         train_retriever(out, arguments.hours, config.seed, work_dir=work, curves_dir=results)
         summary = evaluate_retriever(out, results, "test", config.minidocs, engine="native", dtype="float32")
         (out / "README.md").write_text(model_card(summary, arguments.hours, config.seed), encoding="utf-8")
         print(f"model  {out}\ncurves and evaluation  {results}")
+
+    def report(arguments) -> None:
+        from vrag_lib.minidocs_report import report
+
+        config = _read(arguments)
+        measured, out = config.folder("scale_model"), config.folder("minidocs")
+        report(
+            arguments.policy, measured / "retriever" / "test.json", measured / "policy" / "perception_probes.csv", out
+        )
+        print((out / "README.md").read_text())
 
     models = commands.add_parser("scale-model", help="train the laptop's tiny models", description="Scale models.")
     kinds = models.add_subparsers(title="models", dest="model", required=True, metavar="MODEL")
@@ -244,6 +254,10 @@ def _scale_model(commands) -> None:
         parser.add_argument("--hours", type=float, default=3.0, help="length on one free core; sets the steps (3)")
         parser.add_argument("--threads", type=int, default=1, help="processor threads (default: %(default)s)")
         parser.add_argument("--out", help="folder of the model (default: below the cache)")
+    parser = _command(
+        kinds, "report", report, "measure on the test split what makes MiniDocs hard for the scale models"
+    )
+    parser.add_argument("--policy", default="data/scale_policy", help="folder of the scale policy (%(default)s)")
 
 
 def _config(commands) -> None:

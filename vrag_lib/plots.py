@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from vrag_lib.corpus import Corpus, Page
+    from vrag_lib.scale_evaluate import Look
 
 COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b83280", "#4a5568")
 """One colour per series, in order; distinguishable in print and by colour-blind readers."""
@@ -93,6 +94,21 @@ def boxes_figure(page: Page, boxes: Mapping[str, Box], width: float = 7.0) -> Fi
     _draw_image(ax, page.open_image(), 1200)
     for (name, box), colour in zip(boxes.items(), _cycle(COLOURS), strict=False):
         _draw_box(ax, box, colour, name)
+    return figure
+
+
+def readings_figure(looks: Sequence[Look], columns: int = 2, width: float = 11.0) -> Figure:
+    """Images as the policy was shown them, each at its own scale, with question, truth and what it read."""
+    rows = -(-len(looks) // columns)
+    figure = Figure(figsize=(width, 2.6 * rows), layout="constrained")
+    for ax, look in zip(figure.subplots(rows, columns, squeeze=False).flat, looks, strict=False):
+        ax.imshow(look.image, interpolation="nearest")
+        ax.set_xticks([])
+        ax.set_yticks([])
+        right = look.got.strip() == look.expected
+        said = f"reads {look.got.strip()[:30]!r}, truth {look.expected!r}"
+        ax.set_title(_plain(f"{look.shown}\n{look.question}", 70), fontsize=8, parse_math=False)
+        ax.set_xlabel(said, fontsize=9, color="tab:green" if right else "tab:red", parse_math=False)
     return figure
 
 

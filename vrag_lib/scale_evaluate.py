@@ -9,14 +9,14 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vrag_lib.geometry import Box, iou, render
 from vrag_lib.minidocs import MiniDocs
-from vrag_lib.scale_reading import prompt_ids
+from vrag_lib.scale_reading import ASK, OPENING, prompt_ids
 from vrag_lib.scale_tasks import TITLE, WHERE, page_view, region_view
 from vrag_lib.stats import bootstrap_mean
 from vrag_lib.torch_setup import ensure_torchvision
@@ -45,12 +45,12 @@ class Probe:
         return self.score >= 0.5
 
 
-def probes(docs: MiniDocs, split: str, documents: int) -> list[tuple[Probe, Image.Image, Box | None]]:
-    """What is asked: each single-hop question of the first `documents` documents of a split three times (value from
+def probes(docs: MiniDocs, split: str, documents: Iterable[int]) -> list[tuple[Probe, Image.Image, Box | None]]:
+    """What is asked: each single-hop question of these documents of a split three times (value from
     the crop of its region, value from the page, place of the region on the page), and the title of every second page.
     With each probe its image and, for a region, the true box in shown pixels."""
     found: list[tuple[Probe, Image.Image, Box | None]] = []
-    for index in range(documents):
+    for index in documents:
         document = docs.document(split, index)
         images = {page.number: page.image() for page in document.pages}
         for page in document.pages:
@@ -78,14 +78,10 @@ def evaluate_policy(
     path: str | Path, split: str = "test", documents: int = 80, batch_size: int = 32, docs: MiniDocs | None = None
 ) -> list[Probe]:
     """Ask the checkpoint at `path` all probes of a split, greedily, in float32 on the CPU."""
-    ensure_torchvision()
-    import torch
     from tqdm import tqdm
-    from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
-    processor = AutoProcessor.from_pretrained(path)
-    asked = probes(docs or MiniDocs(), split, documents)
+    model, processor = load_policy(path)
+    asked = probes(docs or MiniDocs(), split, range(documents))
     asked.sort(key=lambda entry: entry[0].task)
     for start in tqdm(range(0, len(asked), batch_size), "evaluating", mininterval=5):
         part = asked[start : start + batch_size]
@@ -96,16 +92,62 @@ def evaluate_policy(
     return [probe for probe, _, _ in asked]
 
 
-def generate(model: Any, processor: Any, images: Sequence[Image.Image], questions: Sequence[str]) -> list[str]:
-    """Greedy replies to one question per image; images have their shown size already."""
+@dataclass(frozen=True)
+class Look:
+    """A question asked of one image: what is shown at which size, the truth, and what the policy read."""
+
+    image: Image.Image
+    shown: str
+    question: str
+    expected: str
+    got: str
+
+
+def page_and_crop(path: str | Path, docs: MiniDocs, split: str, index: int) -> list[Look]:
+    """For one look-up question of each element (table, chart, text) of a document: the policy's reading of the whole
+    page and of the gold region, in this order."""
+    model, processor = load_policy(path)
+    asked: dict[tuple[str, str], tuple[Probe, Image.Image]] = {}
+    for number in range(index, index + 1000):  # on to the next documents until every element was asked for
+        found = {(p.element, p.task): (p, image) for p, image, _ in probes(docs, split, [number]) if p.task in _LOOKS}
+        asked = found | asked
+        if all((element, task) in asked for element in ("table", "chart", "text") for task in _LOOKS):
+            break
+    chosen = [asked[element, task] for element in ("table", "chart", "text") for task in _LOOKS]
+    replies = generate(model, processor, [image for _, image in chosen], [probe.question for probe, _ in chosen])
+    return [
+        Look(image, f"{_LOOKS[probe.task]}, {image.width} × {image.height} px", probe.question, probe.expected, reply)
+        for (probe, image), reply in zip(chosen, replies, strict=True)
+    ]
+
+
+_LOOKS = {"page": "whole page", "crop": "gold region"}
+
+
+def load_policy(path: str | Path) -> tuple[Any, Any]:
+    """Model in float32, ready to generate on the CPU, and processor of a checkpoint."""
+    ensure_torchvision()
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
+    return model, AutoProcessor.from_pretrained(path)
+
+
+def generate(model: Any, processor: Any, images: Sequence[Image.Image] | None, questions: Sequence[str]) -> list[str]:
+    """Greedy replies to one question per image; images have their shown size already. None: no images at all."""
     import torch
 
     tokenizer = processor.tokenizer
-    pixels = processor.image_processor(images=list(images), do_resize=False, return_tensors="pt")
-    rows = [
-        prompt_ids(tokenizer, int(grid.prod()) // 4, question)
-        for grid, question in zip(pixels["image_grid_thw"], questions, strict=True)
-    ]
+    pixels: dict[str, Any] = {}
+    if images is None:
+        rows = [tokenizer.encode(OPENING + question + ASK, add_special_tokens=False) for question in questions]
+    else:
+        pixels = dict(processor.image_processor(images=list(images), do_resize=False, return_tensors="pt"))
+        rows = [
+            prompt_ids(tokenizer, int(grid.prod()) // 4, question)
+            for grid, question in zip(pixels["image_grid_thw"], questions, strict=True)
+        ]
     longest = max(map(len, rows))
     ids = torch.tensor([[tokenizer.pad_token_id] * (longest - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])

@@ -106,13 +106,13 @@ bootstrap over questions.
 
 {table}
 
-Every answer is in `results/laptop/scale_model/perception_probes.csv`.
+Every answer is in `results/laptop/scale_model/policy/perception_probes.csv`.
 
 ## How it was made
 `vrag scale-model`, seed {seed}, from random weights, on generated images alone (no photographs, no scraped
 text, no other model): {stages}. First the vision tower names the characters of every cell of pages of random
 text, then the language model learns to read through the fixed tower, then everything is trained together.
-Curves are in `results/laptop/scale_model/`, settings and versions in `training.json`.
+Curves are in `results/laptop/scale_model/policy/`, settings and versions in `training.json`.
 {note}
 ## Limits
 English words of MiniDocs and numbers only; Latin characters in DejaVu faces; no photographs. Not for any use
