@@ -51,6 +51,8 @@ class RetrievalConfig:
     kind: str = _doc("text", "text (the default fusion), bm25, dense, visual or remote")
     model: str = _doc("", "visual: path or hub id of a ColPali-family checkpoint; empty: the laptop's own")
     device: str = _doc("auto", "visual: auto, cpu or cuda")
+    engine: str = _doc("byaldi", "visual: byaldi (one page at a time) or native (batches, the same embeddings)")
+    dtype: str = _doc("bfloat16", "visual: bfloat16 (byaldi takes nothing else) or float32")
     url: str = _doc("", "remote: base URL of a search server")
     depth: int = _doc(10, "pages ranked per query; one of them is shown (the authors' server returns 10)")
 
@@ -104,6 +106,7 @@ class SynthesisConfig:
     trajectories: int = _doc(3000, "trajectories kept for SFT at most, after filters and balance")
     rl_questions: int = _doc(2000, "questions set apart for reinforcement learning, of other documents")
     documents: int = _doc(650, "MiniDocs training documents that both are drawn from")
+    min_box_side: float = _doc(28, "crops named smaller than this are filtered out, shown pixels")
     concurrency: int = _doc(8, "openai: requests under way at once")
 
 
@@ -248,11 +251,12 @@ PRESETS: dict[str, Config] = {
 
 EXPERIMENTS: dict[str, Config] = PRESETS | {
     "laptop": Config(
-        retrieval=RetrievalConfig(kind="visual"),
+        retrieval=RetrievalConfig(kind="visual", engine="native", dtype="float32", device="cpu"),
         environment=EnvironmentConfig(min_pixels=PAGE_TOKENS * 28 * 28, max_pixels=PAGE_TOKENS * 28 * 28),
         policy=PolicyConfig(
             kind="transformers", max_reply_tokens=96, max_context_tokens=2048, batch_size=32, device="cpu"
         ),
+        synthesis=SynthesisConfig(min_box_side=8),
         sft=SFTConfig(
             batch_size=16, micro_batch_size=16, learning_rate=5e-4, max_tokens=2048, save_steps=100, warmup_ratio=0.05
         ),

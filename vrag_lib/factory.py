@@ -52,7 +52,10 @@ def make_retriever(corpus: Corpus, config: Config) -> Retriever:
     if settings.kind == "visual":
         from vrag_lib.visual_retrieval import VisualRetriever
 
-        return VisualRetriever.build(corpus, settings.model or laptop_colqwen2(), device=settings.device)
+        model = settings.model or laptop_colqwen2()
+        return VisualRetriever.build(
+            corpus, model, engine=settings.engine, device=settings.device, dtype=settings.dtype
+        )
     if settings.kind == "remote":
         from vrag_lib.search_server import RemoteRetriever
 
