@@ -190,12 +190,12 @@ def test_an_invalid_reply_has_no_structure():
 @pytest.mark.parametrize(
     ("box", "good"),
     [
-        ((0, 0, 28, 28), True),
+        ((0, 0, 14, 14), True),
         ((364, 252, 392, 280), True),
         ((0, 0, 392, 251), True),
         ((0, 0, 392, 252), False),
         ((0, 0, 392, 280), False),
-        ((0, 0, 27, 100), False),
+        ((0, 0, 13, 100), False),
         ((100, 100, 50, 50), False),
         ((365, 252, 393, 280), False),
         ((-1, 0, 100, 100), False),
@@ -205,6 +205,11 @@ def test_boxes_lie_on_the_image_and_enlarge_something(box, good):
     trajectory = play(search(), crop(*box), answer())
     assert all(reply.invalid is None for reply in trajectory.replies)
     assert has_good_boxes(trajectory, FilterConfig()) is good
+
+
+def test_the_least_side_of_a_box_is_a_setting():
+    small = play(search(), crop(0, 0, 27, 100), answer())
+    assert has_good_boxes(small, FilterConfig()) and not has_good_boxes(small, FilterConfig(min_box_side=28))
 
 
 def test_a_box_on_a_crop_is_measured_on_that_crop():

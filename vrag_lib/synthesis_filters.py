@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from vrag_lib.actions import ActionKind
 from vrag_lib.config import _doc
 from vrag_lib.corpus import Question, document_stem
-from vrag_lib.geometry import MIN_CROP_SIDE, Box, iou
+from vrag_lib.geometry import Box, iou
 from vrag_lib.judge import Judge, normalise, rule_judge
 from vrag_lib.rendering import write_atomically
 from vrag_lib.stats import bootstrap_mean
@@ -48,11 +48,12 @@ _TAG = re.compile(r"</?(?:think|search|bbox|answer)>")
 
 @dataclass(frozen=True)
 class FilterConfig:
-    """Limits of the filters. Box sides are shown pixels of the image that the box was named on."""
+    """Limits of the filters. Box sides are shown pixels of the image that the box was named on. The environment grows
+    sides below `geometry.MIN_CROP_SIDE`; that is no fault of a box: a table row of MiniDocs is shown 20 pixels high."""
 
     min_replies: int = _doc(2, "fewest replies, the answer included (paper: 2)")
     max_replies: int = _doc(6, "most replies, the answer included (paper: 6)")
-    min_box_side: float = _doc(MIN_CROP_SIDE, "least side of a crop's box; a smaller one would be grown")
+    min_box_side: float = _doc(14, "least side of a crop's box: one patch of the encoder, below which nothing is seen")
     max_box_iou: float = _doc(0.9, "IoU of a crop's box with the whole image from which on it enlarges nothing")
     min_crop_pixels: int = _doc(56 * 56, "least area of a crop as shown, pixels (released code, there of pages)")
     max_crop_pixels: int = _doc(1280 * 28 * 28, "largest area of a crop as shown, pixels (released code, of pages)")
@@ -218,8 +219,8 @@ def is_thought_and_action(text: str, kind: ActionKind) -> bool:
 
 
 def has_good_boxes(trajectory: Trajectory, config: FilterConfig) -> bool:
-    """Whether every crop's box lies on the image it was named on, is large enough to be taken as it is, leaves out
-    enough to enlarge something, and is shown at a permitted size."""
+    """Whether every crop's box lies on the image it was named on, is large enough to be seen, leaves out enough to
+    enlarge something, and is shown at a permitted size."""
     image: ImageRef | None = None
     for reply, seen in _steps(trajectory):
         if reply is not None and reply.action is not None and reply.action.box is not None:
