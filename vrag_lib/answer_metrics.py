@@ -408,8 +408,9 @@ def gold_answers(question: Question) -> tuple[str, ...]:
 
 
 def answer_format(question: Question) -> str:
-    """MMLongBench-Doc's answer format of a question; Str (or None, where it has no answer) if it names none."""
-    return str(question.extra.get("answer_format") or ("Str" if is_answerable(question) else "None"))
+    """MMLongBench-Doc's answer format of a question; Str (or None, where it has no answer) if it names none of them."""
+    named = question.extra.get("answer_format")
+    return named if named in ANSWER_FORMATS else "Str" if is_answerable(question) else "None"
 
 
 Metric = Callable[[Question, str | None], float]

@@ -1,0 +1,125 @@
+"""Evaluation on benchmarks by name: SlideVQA, ViDoSeek, MMLongBench-Doc, MiniDocs, or any set in the unified format.
+
+evaluate_datasets({"mmlongbench_doc": "data/mmlongbench_doc"}, load_config("laptop"))
+evaluate_datasets({"slidevqa": slides, "vidoseek": decks}, load_config("gpu_7b"))      # one merged corpus
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from vrag_lib.answer_metrics import OFFICIAL_METRICS
+from vrag_lib.config import Config, save_config
+from vrag_lib.corpus import Corpus, Question
+from vrag_lib.corpus_formats import answerable, load_dataset
+from vrag_lib.evaluate import DEFAULT_METRICS, run
+from vrag_lib.factory import make_policy, make_retriever
+from vrag_lib.judge import Judge, rule_judge
+from vrag_lib.policy import Policy
+from vrag_lib.retrieval import Retriever
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+DATASETS = tuple(OFFICIAL_METRICS)
+"""Question sets that are opened by name."""
+
+
+def open_datasets(
+    datasets: Mapping[str, str | Path | None], config: Config, split: str = "test", answerable_only: bool = True
+) -> tuple[Corpus, tuple[Question, ...]]:
+    """One merged corpus of the named datasets, as the paper evaluates, and all their questions, `dataset` in `extra`.
+
+    datasets: name (one of DATASETS) to local folder; `minidocs` without one is drawn on the spot, its `split`.
+    With several datasets their names go before the uids. Raises ValueError for an unknown name or a missing folder,
+    CorpusError as `corpus_formats.load_dataset`.
+    """
+    corpora: list[Corpus] = []
+    questions: list[Question] = []
+    for name, path in datasets.items():
+        corpus, found = _open_dataset(name, path, config, split, answerable_only)
+        corpora.append(corpus)
+        start = f"{name}:" if len(datasets) > 1 else ""
+        questions += [replace(q, uid=start + q.uid, extra={**q.extra, "dataset": name}) for q in found]
+    if not questions:
+        raise ValueError(f"there is no question to ask in {', '.join(datasets) or 'no dataset'}")
+    corpus = Corpus.merge(corpora)
+    if config.corpus.ocr != "none":
+        from vrag_lib.ocr import ocr_pages
+
+        corpus = ocr_pages(corpus, workers=config.corpus.workers, pages=config.corpus.ocr)
+    return corpus, tuple(questions)
+
+
+def _open_dataset(
+    name: str, path: str | Path | None, config: Config, split: str, answerable_only: bool
+) -> tuple[Corpus, tuple[Question, ...]]:
+    if name not in DATASETS:
+        raise ValueError(f"there is no dataset {name!r}; datasets are {', '.join(DATASETS)}")
+    if path is not None:
+        form = "unified" if name == "minidocs" else name
+        options = {"dpi": config.corpus.dpi, "workers": config.corpus.workers}
+        return load_dataset(form, path, answerable_only=answerable_only, **options)
+    if name != "minidocs":
+        raise ValueError(f"dataset {name!r} needs the folder that holds its documents and questions")
+    from vrag_lib.minidocs import MiniDocs
+
+    docs = MiniDocs(config.minidocs)
+    questions = docs.questions(split)
+    return docs.corpus(split), answerable(questions) if answerable_only else questions
+
+
+def evaluate_datasets(
+    datasets: Mapping[str, str | Path | None],
+    config: Config,
+    folder: str | Path | None = None,
+    *,
+    policy: Policy | None = None,
+    retriever: Retriever | None = None,
+    split: str = "test",
+    limit: int | None = None,
+    answerable_only: bool = True,
+    seeds: Sequence[int] | None = None,
+    judge: Judge = rule_judge,
+    metrics: Sequence[str] = (),
+    retry_errors: bool = False,
+) -> pd.DataFrame:
+    """What `vrag evaluate` does: open, index, `run`, with the datasets' official metrics beside the default ones.
+
+    folder: default `results/<preset>/evaluate_<names>`. policy, retriever: default what the config names.
+    limit: ask only so many questions, evenly spread over the set; the corpus stays whole.
+
+    Raises ValueError for a limit below 1, else as `open_datasets`, `factory` and `run` do.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1, not {limit}")
+    corpus, questions = open_datasets(datasets, config, split, answerable_only)
+    if limit is not None:
+        chosen = np.linspace(0, len(questions) - 1, min(limit, len(questions))).round().astype(int)
+        questions = tuple(questions[i] for i in chosen)
+    official = [name for dataset in datasets for name in OFFICIAL_METRICS[dataset]]
+    folder = Path(folder or config.folder(f"evaluate_{'_'.join(datasets)}"))
+    named = asdict(config.policy)
+    depends = {key: named[key] for key in named if key not in ("batch_size", "device", "api_key_env")}
+    frame = run(
+        policy or make_policy(corpus, config),
+        questions,
+        corpus,
+        retriever or make_retriever(corpus, config),
+        config.environment,
+        folder,
+        seeds=(config.seed,) if seeds is None else seeds,
+        batch_size=config.policy.batch_size,
+        retry_errors=retry_errors,
+        judge=judge,
+        metrics=tuple(dict.fromkeys((*DEFAULT_METRICS, *official, *metrics))),
+        preset=config.preset,
+        settings={"datasets": list(datasets), "split": split, "policy_settings": depends},
+    )
+    save_config(config, folder)
+    return frame
