@@ -106,7 +106,6 @@ class SynthesisConfig:
     trajectories: int = _doc(3000, "trajectories kept for SFT at most, after filters and balance")
     rl_questions: int = _doc(2000, "questions set apart for reinforcement learning, of other documents")
     documents: int = _doc(650, "MiniDocs training documents that both are drawn from")
-    min_box_side: float = _doc(28, "crops named smaller than this are filtered out, shown pixels")
     concurrency: int = _doc(8, "openai: requests under way at once")
 
 
@@ -256,7 +255,6 @@ EXPERIMENTS: dict[str, Config] = PRESETS | {
         policy=PolicyConfig(
             kind="transformers", max_reply_tokens=96, max_context_tokens=2048, batch_size=32, device="cpu"
         ),
-        synthesis=SynthesisConfig(min_box_side=8),
         sft=SFTConfig(
             batch_size=16, micro_batch_size=16, learning_rate=5e-4, max_tokens=2048, save_steps=100, warmup_ratio=0.05
         ),

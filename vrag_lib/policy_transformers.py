@@ -33,6 +33,7 @@ from vrag_lib.geometry import PATCH
 from vrag_lib.policy import Conversation, Reply
 from vrag_lib.torch_setup import ensure_torchvision
 from vrag_lib.trajectory import ImageRef, Turn, clean_text
+from vrag_lib.vision_cache import remember_features
 
 if TYPE_CHECKING:
     import torch
@@ -42,8 +43,9 @@ if TYPE_CHECKING:
 _STOP_WINDOW = 16
 """Newest tokens decoded to look for a stop string: the longest has 9 characters, and a token has at least one byte."""
 
-_RENDERED_IMAGES = 128
-"""Images kept between calls, at most about 1.2 MB each at 512 vision tokens: a conversation shows them every turn."""
+_PREPARED_IMAGES = 48
+"""Images kept as patches between calls, at most about 10 MB each at 512 vision tokens: a conversation shows them every
+turn."""
 
 
 class CheckpointError(ValueError):
@@ -102,11 +104,12 @@ class TransformersPolicy:
         self._rope = next((m for m in model.modules() if hasattr(m, "get_rope_index")), None)
         if self._rope is None:
             raise CheckpointError(f"{name}: {type(model).__name__} has no multimodal positions; use Qwen2(.5)-VL")
+        self.vision_cache = remember_features(model)
         self._im_end = self._id("<|im_end|>")
         ends = getattr(model.generation_config, "eos_token_id", None)
         self._ends = {self._im_end, *([ends] if isinstance(ends, int) else ends or [])}
         self.suppressed_token_ids = tuple(self._id(t) for t in IMAGE_TOKENS if t in self.tokenizer.get_vocab())
-        self._render = lru_cache(_RENDERED_IMAGES)(lambda ref: ref.render(corpus))
+        self._patches = lru_cache(_PREPARED_IMAGES)(lambda ref: self._prepare_image(ref.render(corpus)))
 
     @classmethod
     def from_pretrained(
@@ -154,7 +157,7 @@ class TransformersPolicy:
             context = self.encode(conversation)
             try:
                 for image in context.images:
-                    self._render(image)
+                    self._patches(image)
             except Exception as error:  # a page file may be broken in any way; that must cost this conversation only
                 replies[i] = Reply("", finish_reason="error", error=f"an image cannot be shown: {error}")
                 continue
@@ -244,6 +247,11 @@ class TransformersPolicy:
         first = self._sample_halving(contexts[:half], seeds[:half])
         return first + self._sample_halving(contexts[half:], seeds[half:])
 
+    def _prepare_image(self, image: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Patches (patches, 1176) and grid (1, 3) of one image at its shown size."""
+        pixels = self.processor.image_processor(images=[image], do_resize=False, return_tensors="pt")
+        return pixels["pixel_values"], pixels["image_grid_thw"]
+
     def model_inputs(self, contexts: Sequence[Context]) -> dict[str, torch.Tensor]:
         """Left-padded inputs of one forward pass: input_ids, attention_mask (B, T), position_ids (3, B, T) and, if
         there are images, pixel_values (patches, 1176) and image_grid_thw (images, 3).
@@ -262,16 +270,15 @@ class TransformersPolicy:
         inputs = {"input_ids": ids, "attention_mask": mask}
         images = [image for context in contexts for image in context.images]
         if images:
-            pixels = self.processor.image_processor(
-                images=[self._render(image) for image in images], do_resize=False, return_tensors="pt"
-            )
-            grid = pixels["image_grid_thw"]
+            found = [self._patches(image) for image in images]
+            grid = torch.cat([grid for _, grid in found])
             for image, (_, height, width) in zip(images, grid.tolist(), strict=True):
                 shown, patch = image.view.shown, self.processor.image_processor.patch_size
                 if (width * patch, height * patch) != (shown.width, shown.height):
                     raise ValueError(f"an image of {shown} became {width} x {height} patches of {patch} pixels")
             dtype = next(self.model.parameters()).dtype
-            inputs |= {"pixel_values": pixels["pixel_values"].to(dtype), "image_grid_thw": grid}
+            pixels = torch.cat([patches for patches, _ in found])
+            inputs |= {"pixel_values": pixels.to(dtype), "image_grid_thw": grid}
         is_image = (ids == self._id("<|image_pad|>")).int() * mask.int()
         inputs["position_ids"], _ = self._rope.get_rope_index(
             ids, is_image, image_grid_thw=inputs.get("image_grid_thw"), attention_mask=mask

@@ -1,0 +1,223 @@
+"""The stages of the paper's experiment, each from a config to a folder of results: what notebooks and `vrag` call.
+
+    synthesize(config)                  experts write trajectories, filters choose (paper §2.2)
+    fine_tune(config)                   the cold start on them (paper §2.2, Table 5)
+    measure(config, model, split)       the agent on questions it never saw
+
+On the `laptop` preset the documents are MiniDocs, the models the shipped scale models and the experts scripted ones.
+A stage reads what the one before it left in `results/<preset>/`, and goes on where it was interrupted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vrag_lib.config import Config, ConfigError, save_config
+from vrag_lib.corpus import Corpus, Question
+from vrag_lib.factory import make_retriever, scale_policy
+from vrag_lib.judge import Judge
+from vrag_lib.policy import Policy
+from vrag_lib.retrieval import Retriever
+from vrag_lib.trajectory import Trajectory, read_trajectories, write_trajectories
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+EXPERTS = ("scripted", "openai")
+VARIANTS = ("relocate", "next_reply", "planner", "grounder")
+SMOKE_DOCUMENTS = 4
+"""Documents of each split in a smoke run."""
+
+
+@dataclass(frozen=True)
+class Collection:
+    """The documents of one split: pages, an index of them, and questions."""
+
+    questions: tuple[Question, ...]
+    corpus: Corpus
+    retriever: Retriever
+
+
+def collection(config: Config, split: str) -> Collection:
+    """MiniDocs' documents of a split with the configured retriever; training has `synthesis.documents` of them."""
+    from vrag_lib.minidocs import MiniDocs
+
+    counts = {"train_documents": config.synthesis.documents}
+    if config.smoke:
+        counts = {f"{name}_documents": SMOKE_DOCUMENTS for name in ("train", "validation", "test")}
+    docs = MiniDocs(dataclasses.replace(config.minidocs, **counts))
+    corpus = docs.corpus(split)
+    return Collection(docs.questions(split), corpus, make_retriever(corpus, config))
+
+
+def training_questions(config: Config, questions: Sequence[Question]) -> tuple[list[Question], list[Question]]:
+    """Questions for the cold start and for reinforcement learning, of different documents."""
+    from vrag_lib.synthesis_export import split_questions
+
+    wanted = len(questions) // 2 if config.smoke else config.synthesis.rl_questions
+    return split_questions(questions, wanted, config.seed)
+
+
+def make_experts(config: Config, questions: Sequence[Question], corpus: Corpus) -> tuple[Policy, Any]:
+    """Planner and grounding expert as `synthesis.experts` names them.
+
+    Raises ConfigError for an unknown kind, and where an endpoint or a model is missing.
+    """
+    settings = config.synthesis
+    if settings.experts == "scripted":
+        from vrag_lib.experts_scripted import ScriptedGrounder, ScriptedPlanner
+
+        return ScriptedPlanner(questions), ScriptedGrounder(questions)
+    if settings.experts != "openai":
+        raise ConfigError(f"synthesis.experts is one of {', '.join(EXPERTS)}, not {settings.experts!r}")
+    from vrag_lib.experts_openai import OpenAIGrounder, openai_planner
+
+    if not (config.policy.base_url and settings.planner and settings.grounder):
+        raise ConfigError("synthesis.experts=openai needs policy.base_url=, synthesis.planner= and synthesis.grounder=")
+    shared = {"api_key_env": config.policy.api_key_env, "concurrency": settings.concurrency}
+    planner = openai_planner(
+        corpus, config.policy.base_url, settings.planner, temperature=settings.temperature, **shared
+    )
+    return planner, OpenAIGrounder(corpus, config.policy.base_url, settings.grounder, **shared)
+
+
+def make_expert_policy(config: Config, questions: Sequence[Question], corpus: Corpus) -> Policy:
+    """The experts joined as `synthesis.variant` says. Raises ConfigError for an unknown variant, and for one that a
+    grounding expert which only points cannot play."""
+    from vrag_lib.experts import MultiExpertPolicy, NextReplyPolicy
+
+    planner, grounder = make_experts(config, questions, corpus)
+    variant = config.synthesis.variant
+    if variant in ("next_reply", "grounder") and not isinstance(grounder, Policy):
+        raise ConfigError(f"synthesis.variant={variant} needs a grounding expert that writes replies")
+    if variant == "relocate":
+        return MultiExpertPolicy(planner, grounder)
+    if variant == "next_reply":
+        return NextReplyPolicy(planner, grounder)
+    if variant in ("planner", "grounder"):
+        return planner if variant == "planner" else grounder
+    raise ConfigError(f"synthesis.variant is one of {', '.join(VARIANTS)}, not {variant!r}")
+
+
+def make_judge(config: Config) -> Judge:
+    """Who accepts an expert's answer: scripted like the experts, or the rule judge."""
+    from vrag_lib.judge import rule_judge
+
+    if config.synthesis.experts != "scripted":
+        return rule_judge
+    from vrag_lib.experts_scripted import ScriptedJudge
+
+    return ScriptedJudge(seed=config.seed)
+
+
+def synthesize(config: Config, train: Collection | None = None) -> Path:
+    """Sample trajectories from the experts, filter and balance them, export them; returns the folder.
+
+    `synthesis/samples/` all samples, `trajectories.parquet` those chosen for SFT, `funnel.csv`, `rl_questions.json`,
+    `dataset/` (Hugging Face), `llamafactory/`, and the data card `README.md`.
+    """
+    from vrag_lib.corpus_formats import write_unified
+    from vrag_lib.synthesis import sample
+    from vrag_lib.synthesis_export import write_card, write_dataset, write_llama_factory
+    from vrag_lib.synthesis_filters import balance, filter_trajectories
+
+    train = train or collection(config, "train")
+    settings, folder = config.synthesis, config.folder("synthesis")
+    cold_start, for_rl = training_questions(config, train.questions)
+    policy = make_expert_policy(config, cold_start, train.corpus)
+    name = settings.variant + ("_oracle" if settings.oracle_pages else "")
+    samples = sample(
+        policy,
+        cold_start,
+        train.corpus,
+        train.retriever,
+        config.environment,
+        folder / "samples" / name,
+        samples_per_question=settings.samples_per_question,
+        seed=config.seed,
+        workers=settings.concurrency if settings.experts == "openai" else 1,
+        batch_size=64,
+        oracle=settings.oracle_pages,
+        settings={"synthesis": dataclasses.asdict(settings)},
+        preset=config.preset,
+    )
+    result = filter_trajectories(samples, make_judge(config))
+    chosen = balance(result.kept, settings.trajectories, config.seed)
+    funnel = result.funnel.with_stage("balance", len(chosen))
+    funnel.write_csv(folder / "funnel.csv")
+    write_unified(for_rl, folder / "rl_questions.json")
+    write_trajectories(chosen, folder / "trajectories.parquet")
+    exported = [
+        write_dataset(chosen, train.corpus, folder / "dataset"),
+        write_llama_factory(chosen, train.corpus, folder / "llamafactory"),
+    ]
+    write_card(folder, chosen, funnel, questions=cold_start, seed=config.seed, exported=exported)
+    save_config(config, folder)
+    return folder
+
+
+def fine_tune(config: Config, train: Collection | None = None, trajectories: int | None = None) -> Path:
+    """Fine-tune the configured policy on the synthesis' trajectories, or on the first `trajectories` of them (the
+    balanced draw is balanced at any length). Returns the folder of the trained checkpoint or adapter."""
+    from vrag_lib.sft import train_sft
+
+    model = config.policy.model or scale_policy()
+    if not model:
+        raise ConfigError("fine-tuning needs policy.model=, a path or hub id of a Qwen2-VL-type model")
+    train = train or collection(config, "train")
+    data = read_trajectories(config.folder("synthesis") / "trajectories.parquet")
+    if trajectories is not None:
+        data = data[:trajectories]
+    held_out = max(1, len(data) // 50)
+    folder = sft_folder(config, len(data))
+    save_config(config, folder)
+    return train_sft(
+        model,
+        data[held_out:],
+        train.corpus,
+        config.sft,
+        folder,
+        validation=data[:held_out],
+        seed=config.seed,
+        device=config.policy.device,
+    )
+
+
+def sft_folder(config: Config, trajectories: int) -> Path:
+    """Where a cold start on so many trajectories lies."""
+    return config.folder("sft") / f"{trajectories}_trajectories_seed_{config.seed}"
+
+
+def measure(
+    config: Config,
+    model: str | Path,
+    split: str,
+    folder: str | Path,
+    held_out: Collection | None = None,
+    seeds: Sequence[int] = (0,),
+    questions: int | None = None,
+) -> pd.DataFrame:
+    """The agent on the questions of a split, one row per trajectory (`evaluate.run`); temperature and limits are those
+    of `config.policy`, seeds those of sampling."""
+    from vrag_lib.evaluate import run
+    from vrag_lib.factory import make_policy
+
+    held_out = held_out or collection(config, split)
+    policy = make_policy(
+        held_out.corpus,
+        dataclasses.replace(config, policy=dataclasses.replace(config.policy, kind="transformers", model=str(model))),
+    )
+    asked = held_out.questions[:questions]
+    return run(
+        policy, asked, held_out.corpus, held_out.retriever, config.environment, folder,
+        seeds=seeds, batch_size=config.policy.batch_size,
+    )  # fmt: skip
+
+
+def sampled(config: Config) -> list[Trajectory]:
+    """The trajectories chosen by `synthesize`."""
+    return read_trajectories(config.folder("synthesis") / "trajectories.parquet")
