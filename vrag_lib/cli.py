@@ -24,7 +24,20 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"vrag {__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
-    for add in (_ask, _index, _serve, _view, _eval_retrieval, _bench, _minidocs, _scale_model, _config, _reproduce):
+    for add in (
+        _ask,
+        _index,
+        _serve,
+        _view,
+        _eval_retrieval,
+        _bench,
+        _minidocs,
+        _scale_model,
+        _synthesize,
+        _sft,
+        _config,
+        _reproduce,
+    ):
         add(commands)
     return parser
 
@@ -68,10 +81,10 @@ def _command(
     return parser
 
 
-def _read(arguments: argparse.Namespace, named: Mapping[str, object] | None = None) -> Config:
+def _read(arguments: argparse.Namespace, named: Mapping[str, object] | None = None, experiment: bool = False) -> Config:
     """The preset, then options given by name, then `key=value` overrides: the later wins."""
     options = [f"{key}={value}" for key, value in (named or {}).items() if value is not None]
-    return load_config(arguments.preset, [*options, *arguments.overrides])
+    return load_config(arguments.preset, [*options, *arguments.overrides], experiment)
 
 
 def _ask(commands) -> None:
@@ -260,11 +273,60 @@ def _scale_model(commands) -> None:
     parser.add_argument("--policy", default="data/scale_policy", help="folder of the scale policy (%(default)s)")
 
 
+def _synthesize(commands) -> None:
+    def run(arguments) -> None:
+        from vrag_lib.stages import synthesize
+
+        folder = synthesize(_read(arguments, experiment=True))
+        print((folder / "README.md").read_text())
+
+    what = "let experts write trajectories for the cold start, filter and balance them, export them"
+    _command(commands, "synthesize", run, what)
+
+
+def _sft(commands) -> None:
+    def run(arguments) -> None:
+        from vrag_lib.stages import fine_tune
+
+        print(f"model  {fine_tune(_read(arguments, experiment=True), trajectories=arguments.trajectories)}")
+
+    parser = _command(commands, "sft", run, "fine-tune the policy on the trajectories of `vrag synthesize`")
+    parser.add_argument("--trajectories", type=int, help="train on the first so many of them (default: all)")
+
+
+def _evaluate(commands) -> None:
+    def run(arguments) -> None:
+        from vrag_lib.evaluate import summary_table
+        from vrag_lib.evaluate_datasets import evaluate_datasets
+
+        named = {"policy.kind": arguments.policy, "policy.model": arguments.model}
+        config = _read(arguments, named, experiment=arguments.dataset == "minidocs")
+        where = {arguments.dataset: arguments.path}
+        frame = evaluate_datasets(
+            where, config, arguments.out, split=arguments.split, limit=arguments.limit, seeds=arguments.seeds
+        )
+        print(summary_table(frame).round(3).to_string(index=False))
+
+    parser = _command(
+        commands, "evaluate", run, "measure an agent on a benchmark: minidocs, or a local copy of another"
+    )
+    datasets = "minidocs, slidevqa, vidoseek, mmlongbench_doc or unified"
+    parser.add_argument("--dataset", default="minidocs", help=f"{datasets} (default: %(default)s)")
+    parser.add_argument("--path", help="folder of the dataset; not needed for minidocs")
+    parser.add_argument("--split", default="test", help="minidocs: train, validation or test (default: %(default)s)")
+    parser.add_argument("--policy", help="extractive, transformers or openai (default: the preset's)")
+    parser.add_argument("--model", help="the policy's model: path, hub id or the endpoint's name for it")
+    parser.add_argument("--limit", type=int, help="ask only the first so many questions")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of sampling, one pass each")
+    parser.add_argument("--out", help="results folder (default: below the preset's)")
+
+
 def _config(commands) -> None:
     def run(arguments) -> None:
-        print(describe(_read(arguments)))
+        print(describe(_read(arguments, experiment=arguments.experiment)))
 
-    _command(commands, "config", run, "print every setting of a preset with its meaning")
+    parser = _command(commands, "config", run, "print every setting of a preset with its meaning")
+    parser.add_argument("--experiment", action="store_true", help="as the stages of the paper's experiment use it")
 
 
 def _reproduce(commands) -> None:

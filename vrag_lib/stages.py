@@ -2,7 +2,8 @@
 
     synthesize(config)                  experts write trajectories, filters choose (paper §2.2)
     fine_tune(config)                   the cold start on them (paper §2.2, Table 5)
-    measure(config, model, split)       the agent on questions it never saw
+
+What comes out is measured by `evaluate_datasets`.
 
 On the `laptop` preset the documents are MiniDocs, the models the shipped scale models and the experts scripted ones.
 A stage reads what the one before it left in `results/<preset>/`, and goes on where it was interrupted.
@@ -14,7 +15,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vrag_lib.config import Config, ConfigError, save_config
 from vrag_lib.corpus import Corpus, Question
@@ -22,10 +23,7 @@ from vrag_lib.factory import make_retriever, scale_policy
 from vrag_lib.judge import Judge
 from vrag_lib.policy import Policy
 from vrag_lib.retrieval import Retriever
-from vrag_lib.trajectory import Trajectory, read_trajectories, write_trajectories
-
-if TYPE_CHECKING:
-    import pandas as pd
+from vrag_lib.trajectory import read_trajectories, write_trajectories
 
 EXPERTS = ("scripted", "openai")
 VARIANTS = ("relocate", "next_reply", "planner", "grounder")
@@ -190,34 +188,3 @@ def fine_tune(config: Config, train: Collection | None = None, trajectories: int
 def sft_folder(config: Config, trajectories: int) -> Path:
     """Where a cold start on so many trajectories lies."""
     return config.folder("sft") / f"{trajectories}_trajectories_seed_{config.seed}"
-
-
-def measure(
-    config: Config,
-    model: str | Path,
-    split: str,
-    folder: str | Path,
-    held_out: Collection | None = None,
-    seeds: Sequence[int] = (0,),
-    questions: int | None = None,
-) -> pd.DataFrame:
-    """The agent on the questions of a split, one row per trajectory (`evaluate.run`); temperature and limits are those
-    of `config.policy`, seeds those of sampling."""
-    from vrag_lib.evaluate import run
-    from vrag_lib.factory import make_policy
-
-    held_out = held_out or collection(config, split)
-    policy = make_policy(
-        held_out.corpus,
-        dataclasses.replace(config, policy=dataclasses.replace(config.policy, kind="transformers", model=str(model))),
-    )
-    asked = held_out.questions[:questions]
-    return run(
-        policy, asked, held_out.corpus, held_out.retriever, config.environment, folder,
-        seeds=seeds, batch_size=config.policy.batch_size,
-    )  # fmt: skip
-
-
-def sampled(config: Config) -> list[Trajectory]:
-    """The trajectories chosen by `synthesize`."""
-    return read_trajectories(config.folder("synthesis") / "trajectories.parquet")
