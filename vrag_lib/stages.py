@@ -27,6 +27,16 @@ from vrag_lib.trajectory import read_trajectories, write_trajectories
 
 EXPERTS = ("scripted", "openai")
 VARIANTS = ("relocate", "next_reply", "planner", "grounder")
+_ABOUT = {
+    "relocate": "The planner drives; where it wants to look closer, the grounding expert re-locates its box (paper §2.2).",
+    "next_reply": "After each search the grounding expert writes the whole next reply, as in the released code.",
+    "planner": "The planner alone, with the boxes it names itself.",
+    "grounder": "The grounding expert alone.",
+}
+_SCRIPTED = (
+    "Both are scripted experts: programs that know the answers of MiniDocs and make stated, seeded mistakes "
+    "(`vrag_lib.experts_scripted`). No model wrote any of this."
+)
 SMOKE_DOCUMENTS = 4
 """Documents of each split in a smoke run."""
 
@@ -93,9 +103,9 @@ def make_expert_policy(config: Config, questions: Sequence[Question], corpus: Co
     if variant in ("next_reply", "grounder") and not isinstance(grounder, Policy):
         raise ConfigError(f"synthesis.variant={variant} needs a grounding expert that writes replies")
     if variant == "relocate":
-        return MultiExpertPolicy(planner, grounder)
+        return MultiExpertPolicy(planner, grounder, f"{planner.name} + {grounder.name}")
     if variant == "next_reply":
-        return NextReplyPolicy(planner, grounder)
+        return NextReplyPolicy(planner, grounder, f"{planner.name}, after searches {grounder.name}")
     if variant in ("planner", "grounder"):
         return planner if variant == "planner" else grounder
     raise ConfigError(f"synthesis.variant is one of {', '.join(VARIANTS)}, not {variant!r}")
@@ -153,7 +163,8 @@ def synthesize(config: Config, train: Collection | None = None) -> Path:
         write_dataset(chosen, train.corpus, folder / "dataset"),
         write_llama_factory(chosen, train.corpus, folder / "llamafactory"),
     ]
-    write_card(folder, chosen, funnel, questions=cold_start, seed=config.seed, exported=exported)
+    about = _ABOUT[settings.variant] + (" " + _SCRIPTED if settings.experts == "scripted" else "")
+    write_card(folder, chosen, funnel, questions=cold_start, seed=config.seed, exported=exported, about=about)
     save_config(config, folder)
     return folder
 
