@@ -28,7 +28,7 @@ from vrag_lib.trajectory import read_trajectories, write_trajectories
 EXPERTS = ("scripted", "openai")
 VARIANTS = ("relocate", "next_reply", "planner", "grounder")
 _ABOUT = {
-    "relocate": "The planner drives; where it wants to look closer, the grounding expert re-locates its box (paper §2.2).",
+    "relocate": "The planner drives; where it wants to look closer, the grounding expert re-locates its box (paper).",
     "next_reply": "After each search the grounding expert writes the whole next reply, as in the released code.",
     "planner": "The planner alone, with the boxes it names itself.",
     "grounder": "The grounding expert alone.",
