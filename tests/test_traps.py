@@ -14,7 +14,15 @@ from pathlib import Path
 import pytest
 
 TRAPS = {
+    "S2 a judge that fails is asked for ever": (
+        "judge_openai::test_every_failure_is_a_missing_verdict_and_counted_by_its_kind"
+    ),
+    "S3 a reply format that no server speaks": "judge_openai::test_one_greedy_request_in_the_papers_protocol",
     "S4 rewards only for sources on a list": "rewards::test_a_complete_trajectory_under_each_recipe",
+    "S8 finished samples are never written": "synthesis::test_what_ended_before_a_policy_broke_is_kept",
+    "S9 a failed call makes the sample vanish": (
+        "experts_openai::test_a_sampling_run_survives_every_failure_and_reports_each_kind"
+    ),
     "S10 private URLs, one device hard-coded, images by the server's working directory": (
         "search_server::test_the_answer_is_what_the_released_demo_and_trainer_read"
     ),
@@ -56,6 +64,13 @@ TRAPS = {
     "T17 validation with a budget of its own": "environment::test_the_budget_is_announced_once_and_then_ends",
     "T19 an answer that instructs the judge, or names every candidate": (
         "judge::test_listing_every_candidate_earns_nothing"
+    ),
+    "T19 an answer that speaks to the model judge": "judge_openai::test_an_answer_cannot_instruct_the_judge",
+    "T20 gold pages shown first in the training data": (
+        "synthesis::test_the_oracle_shows_each_question_its_own_gold_page_first"
+    ),
+    "T21 a crop counts as following a search because its thought says search": (
+        "synthesis_filters::test_a_crop_must_follow_an_image_whatever_its_thought_says"
     ),
     "T22 one failed search kills the rollout": "rollout::test_a_failing_search_engine_is_recorded_not_raised",
     "T23 the end of the budget announced in the demo only": "environment::test_the_budget_is_announced_once_and_then_ends",

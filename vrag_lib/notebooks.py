@@ -26,15 +26,17 @@ class NotebookError(RuntimeError):
     """A notebook that failed; the message holds its name and the cell's error."""
 
 
-def start(stage: str) -> Config:
-    """The config of this notebook run, its snapshot written to the stage's results folder. Figures appear inline."""
+def start(stage: str, experiment: bool = False) -> Config:
+    """The config of this notebook run, its snapshot written to the stage's results folder. Figures appear inline.
+
+    experiment: the preset as the stages of the paper's experiment use it (`config.EXPERIMENTS`)."""
     from IPython import get_ipython
 
     os.chdir(repository())
     if (shell := get_ipython()) is not None:
         shell.run_line_magic("matplotlib", "inline")
     overrides = shlex.split(os.environ.get("VRAG_OVERRIDES", ""))
-    config = load_config(os.environ.get("VRAG_PRESET", "laptop"), overrides)
+    config = load_config(os.environ.get("VRAG_PRESET", "laptop"), overrides, experiment)
     save_config(config, config.folder(stage))
     return config
 
