@@ -7,13 +7,16 @@ import pandas as pd
 import pytest
 from helpers import FakeCorpus, FakeRetriever
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from PIL import Image
 
 from vrag_lib.corpus import Question
 from vrag_lib.geometry import Box, Size, View
 from vrag_lib.plots import (
     boxes_figure,
+    curves_figure,
     interval_bars,
     page_gallery,
+    readings_figure,
     save_figure,
     score_mixture_figure,
     trajectory_figure,
@@ -21,6 +24,7 @@ from vrag_lib.plots import (
 )
 from vrag_lib.policy import ScriptedPolicy
 from vrag_lib.rollout import rollout
+from vrag_lib.scale_evaluate import Look
 from vrag_lib.trajectory import ImageRef
 
 CORPUS = FakeCorpus([Size(800, 600), Size(600, 900), Size(800, 600)])
@@ -83,3 +87,25 @@ def test_interval_bars_carry_their_intervals(tmp_path):
     segments = figure.axes[0].collections[0].get_segments()
     assert [tuple(segment[:, 1]) for segment in segments] == [(5.0, 15.0), (15.0, 30.0)]
     assert save_figure(figure, tmp_path / "a" / "bars.png").stat().st_size > 1000
+
+
+def test_readings_say_what_was_read_and_whether_it_is_right():
+    image = Image.new("RGB", (56, 28))
+    looks = [
+        Look(image, "whole page, 56 × 28 px", "how many?", "12", "12"),
+        Look(image, "gold region, 56 × 28 px", "how $x$ much?", "7", "<b>8</b>"),
+        Look(image, "gold region, 56 × 28 px", "how?", "7", "7"),
+    ]
+    figure = readings_figure(looks)
+    axes = [ax for ax in figure.axes if ax.images]
+    assert len(axes) == 3
+    assert [ax.xaxis.label.get_color() for ax in axes] == ["tab:green", "tab:red", "tab:green"]
+    assert "how $x$ much?" in axes[1].get_title() and "truth '7'" in axes[1].get_xlabel()
+
+
+def test_curves_skip_empty_cells_and_absent_columns():
+    table = pd.DataFrame({"step": [1, 2, 3], "loss": [3.0, 2.0, 1.0], "eval_loss": [None, 2.5, None]})
+    figure = curves_figure(table, {"loss": ["loss", "eval_loss", "other"], "rate": []})
+    lines = figure.axes[0].lines
+    assert [list(line.get_xdata()) for line in lines] == [[1, 2, 3], [2]]
+    assert [ax.get_title() for ax in figure.axes] == ["loss", "rate"]

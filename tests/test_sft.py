@@ -31,7 +31,7 @@ from vrag_lib.trajectory import ImageRef, StopReason, Turn
 torch = pytest.importorskip("torch")
 
 from vrag_lib.policy_transformers import TransformersPolicy  # noqa: E402
-from vrag_lib.sft import IGNORED, SFTConfig, collate, prepare, train_sft  # noqa: E402
+from vrag_lib.sft import IGNORED, SFTConfig, collate, loss_mask_html, prepare, train_sft  # noqa: E402
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -56,6 +56,19 @@ def rolled(policy):
         ENVIRONMENT,
         seeds=odd,
     )
+
+
+def test_the_coloured_mask_shows_replies_and_escapes_what_they_say(policy, rolled):
+    import html
+    import re
+
+    for trajectory in rolled[:4]:
+        page = loss_mask_html(policy, example_of(policy, trajectory))
+        marked = [html.unescape(m).replace("↵<br>", "\n") for m in re.findall(r"<mark[^>]*>(.*?)</mark>", page)]
+        said = [turn.text for turn in trajectory.replies]
+        assert len(marked) == len(said) and all(m.startswith(text) for m, text in zip(marked, said, strict=True))
+        assert "<think>" not in page and "<|image_pad|>" not in html.unescape(page)
+        assert page.count("image tokens]") == len(trajectory.images)
 
 
 def test_tokens_of_sft_are_the_tokens_of_the_rollout(policy, rolled):

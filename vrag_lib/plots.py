@@ -157,6 +157,23 @@ def interval_bars(
     return figure
 
 
+def curves_figure(
+    table: pd.DataFrame, columns: Mapping[str, Sequence[str]], x: str = "step", width: float = 11.0
+) -> Figure:
+    """Curves of a training run: one panel per entry of `columns` (title -> columns drawn in it). Empty cells, as they
+    stand between validations, are skipped; columns that the table does not have are left out."""
+    figure = Figure(figsize=(width, 3.2), layout="constrained")
+    for ax, (title, names) in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns.items(), strict=True):
+        for name, colour in zip([n for n in names if n in table], _cycle(COLOURS), strict=False):
+            known = table[[x, name]].dropna()
+            ax.plot(known[x], known[name], label=name, color=colour, linewidth=1.3)
+        ax.set_title(title, fontsize=10)
+        ax.set_xlabel(x)
+        ax.legend(fontsize=8)
+        ax.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
 def save_figure(figure: Figure, path: str | Path) -> Path:
     """Write a figure as PNG at a size fit for a page."""
     path = Path(path)

@@ -8,10 +8,13 @@ of replies alone. A reply ends with its closing action tag, because that is wher
 
 from __future__ import annotations
 
+import html
 import logging
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +30,9 @@ if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger(__name__)
+
+_IMAGE = "<|image_pad|>"
+_IMAGE_RUN = re.compile(r"(?:<\|image_pad\|>)+")
 
 IGNORED = -100
 """Label of a token that is not trained on."""
@@ -90,6 +96,19 @@ def collate(policy: TransformersPolicy, examples: Sequence[Example]) -> dict[str
         tail = slice(labels.shape[1] - len(trained), None)
         labels[row, tail] = inputs["input_ids"][row, tail].where(trained, IGNORED)
     return inputs | {"labels": labels}
+
+
+def loss_mask_html(policy: TransformersPolicy, example: Example) -> str:
+    """The tokens of an example as HTML, those that are trained on coloured, runs of image tokens counted. Every text is
+    escaped: a document or a model wrote it."""
+    parts: list[str] = []
+    spans = groupby(zip(example.context.token_ids, example.trained, strict=True), key=lambda pair: pair[1])
+    for trained, pairs in spans:
+        text = policy.tokenizer.decode([token for token, _ in pairs])
+        text = _IMAGE_RUN.sub(lambda run: f"[{len(run[0]) // len(_IMAGE)} image tokens]", text)
+        text = html.escape(text).replace("\n", "↵<br>")
+        parts.append(f'<mark style="background:#c6f6d5">{text}</mark>' if trained else f"<span>{text}</span>")
+    return f'<div style="font-family:monospace;line-height:1.6;overflow-wrap:anywhere">{"".join(parts)}</div>'
 
 
 def train_sft(
