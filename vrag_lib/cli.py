@@ -294,6 +294,18 @@ def _sft(commands) -> None:
     parser.add_argument("--trajectories", type=int, help="train on the first so many of them (default: all)")
 
 
+def _grpo(commands) -> None:
+    def run(arguments) -> None:
+        from vrag_lib.stages import reinforce
+
+        print(f"model  {reinforce(_read(arguments, experiment=True), arguments.checkpoint)}")
+
+    what = "train the policy by GRPO on the questions that `vrag synthesize` set apart"
+    _command(
+        commands, "grpo", run, what, [("checkpoint", "folder of the policy to start from, as `vrag sft` leaves it")]
+    )
+
+
 def _evaluate(commands) -> None:
     def run(arguments) -> None:
         from vrag_lib.evaluate import summary_table

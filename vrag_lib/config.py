@@ -136,6 +136,7 @@ class SFTConfig:
 class GRPOConfig:
     """Reinforcement learning; the defaults are the paper's (Table 6) or, where it is silent, the released script's."""
 
+    recipe: str = _doc("paper", "reward: paper, paper_cold_start or released_code (rewards.RECIPES)")
     steps: int = _doc(62, "rollouts: each samples questions_per_step x group_size trajectories")
     questions_per_step: int = _doc(32, "questions per rollout, over all processes")
     group_size: int = _doc(5, "trajectories per question")

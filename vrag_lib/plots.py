@@ -169,7 +169,8 @@ def curves_figure(
             ax.plot(known[x], known[name], label=name, color=colour, linewidth=1.3)
         ax.set_title(title, fontsize=10)
         ax.set_xlabel(x)
-        ax.legend(fontsize=8)
+        if ax.lines:
+            ax.legend(fontsize=8)
         ax.spines[["top", "right"]].set_visible(False)
     return figure
 

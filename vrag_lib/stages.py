@@ -2,6 +2,7 @@
 
     synthesize(config)                  experts write trajectories, filters choose (paper §2.2)
     fine_tune(config)                   the cold start on them (paper §2.2, Table 5)
+    reinforce(config, checkpoint)       GRPO on other questions (paper §2.3, Table 6)
 
 What comes out is measured by `evaluate_datasets`.
 
@@ -12,6 +13,7 @@ A stage reads what the one before it left in `results/<preset>/`, and goes on wh
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,3 +201,32 @@ def fine_tune(config: Config, train: Collection | None = None, trajectories: int
 def sft_folder(config: Config, trajectories: int) -> Path:
     """Where a cold start on so many trajectories lies."""
     return config.folder("sft") / f"{trajectories}_trajectories_seed_{config.seed}"
+
+
+def reinforce(config: Config, checkpoint: str | Path, train: Collection | None = None) -> Path:
+    """Train a checkpoint, the cold start's as a rule, by GRPO on the questions set apart for it, with the reward that
+    `grpo.recipe` names. Returns the folder of the trained adapter or checkpoint.
+
+    Raises ConfigError for an unknown recipe.
+    """
+    from vrag_lib.grpo import train_grpo
+    from vrag_lib.rewards import RECIPES, score
+
+    if config.grpo.recipe not in RECIPES:
+        raise ConfigError(f"grpo.recipe is one of {', '.join(RECIPES)}, not {config.grpo.recipe!r}")
+    train = train or collection(config, "train")
+    folder = config.folder("grpo") / f"{config.grpo.recipe}_seed_{config.seed}"
+    save_config(config, folder)
+    return train_grpo(
+        checkpoint,
+        training_questions(config, train.questions)[1],
+        train.corpus,
+        train.retriever,
+        config.grpo,
+        folder,
+        environment=config.environment,
+        reward=functools.partial(score, recipe=RECIPES[config.grpo.recipe]),
+        seed=config.seed,
+        device=config.policy.device,
+        preset=config.preset,
+    )
