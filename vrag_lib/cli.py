@@ -302,7 +302,7 @@ def _grpo(commands) -> None:
 
     what = "train the policy by GRPO on the questions that `vrag synthesize` set apart"
     _command(
-        commands, "grpo", run, what, [("checkpoint", "folder of the policy to start from, as `vrag sft` leaves it")]
+        commands, "grpo", run, what, [("checkpoint", "folder of the policy to start from")]
     )
 
 
