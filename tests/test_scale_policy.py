@@ -208,6 +208,7 @@ def test_the_whole_recipe_in_miniature(tmp_path, monkeypatch):
     assert {row["task"] for row in rows} == {"crop", "page", "region", "title"}
     assert all(0 <= row["low"] <= row["right"] <= row["high"] <= 1 for row in rows)
     assert (results / "curve_joint.csv").read_text().splitlines()[-1].startswith("2,")
+    assert {p.stem for p in results.glob("*.png")} == {"curve_dense", "curve_reading", "curve_joint"}
     card = (out / "README.md").read_text()
     assert "value from the crop of its region" in card and "dense 2 steps" in card
     weights = (out / "model.safetensors").read_bytes()

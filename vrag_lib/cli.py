@@ -239,12 +239,14 @@ def _scale_model(commands) -> None:
         print(f"model  {out}\ncurves and evaluation  {results}")
 
     def retriever(arguments) -> None:
+        from vrag_lib.scale_make import draw_curves
         from vrag_lib.scale_retriever_evaluation import evaluate_retriever, model_card
         from vrag_lib.scale_retriever_training import train_retriever
 
         config, out, work, results = prepare(arguments, "colqwen2", "retriever")
         train_retriever(out, arguments.hours, config.seed, work_dir=work, curves_dir=results)
         summary = evaluate_retriever(out, results, "test", config.minidocs, engine="native", dtype="float32")
+        draw_curves(results)
         (out / "README.md").write_text(model_card(summary, arguments.hours, config.seed), encoding="utf-8")
         print(f"model  {out}\ncurves and evaluation  {results}")
 
@@ -301,9 +303,7 @@ def _grpo(commands) -> None:
         print(f"model  {reinforce(_read(arguments, experiment=True), arguments.checkpoint)}")
 
     what = "train the policy by GRPO on the questions that `vrag synthesize` set apart"
-    _command(
-        commands, "grpo", run, what, [("checkpoint", "folder of the policy to start from")]
-    )
+    _command(commands, "grpo", run, what, [("checkpoint", "folder of the policy to start from")])
 
 
 def _evaluate(commands) -> None:

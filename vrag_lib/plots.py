@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -162,14 +163,19 @@ def curves_figure(
 ) -> Figure:
     """Curves of a training run: one panel per entry of `columns` (title -> columns drawn in it). Empty cells, as they
     stand between validations, are skipped; columns that the table does not have are left out."""
-    figure = Figure(figsize=(width, 3.2), layout="constrained")
+    most = max((len(names) for names in columns.values()), default=0)
+    below = most > 4  # a legend of many lines would cover them
+    figure = Figure(figsize=(width, 3.2 + 0.1 * most * below), layout="constrained")
+    colours = COLOURS if most <= len(COLOURS) else matplotlib.color_sequences["tab20"]
     for ax, (title, names) in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns.items(), strict=True):
-        for name, colour in zip([n for n in names if n in table], _cycle(COLOURS), strict=False):
+        for name, colour in zip([n for n in names if n in table], _cycle(colours), strict=False):
             known = table[[x, name]].dropna()
             ax.plot(known[x], known[name], label=name, color=colour, linewidth=1.3)
         ax.set_title(title, fontsize=10)
         ax.set_xlabel(x)
-        if ax.lines:
+        if ax.lines and below:
+            ax.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.2))
+        elif ax.lines:
             ax.legend(fontsize=8)
         ax.spines[["top", "right"]].set_visible(False)
     return figure
@@ -179,7 +185,7 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
     """Write a figure as PNG at a size fit for a page."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
     return path
 
 

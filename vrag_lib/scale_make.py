@@ -21,6 +21,9 @@ TARGETS = {("crop", "all"): 0.95, ("region", "all"): 0.85, ("title", "all"): 0.9
 CEILING = {("page", "table and chart"): 0.50}
 """What it must not exceed, or looking closer would not pay."""
 
+_HELD_OUT = ("validation", "chars_em")
+"""How the columns of a curve begin that were measured on pages never trained on."""
+
 _NAMES = {
     "crop": "value from the crop of its region",
     "region": "region named by the question, IoU ≥ 0.5",
@@ -45,8 +48,30 @@ def make_policy(
     recipe = recipe or PolicyTraining()
     train_policy(recipe, work, results, out)
     rows = write_evaluation(evaluate_policy(out, "test", test_documents), results)
+    draw_curves(results)
     write_card(out, recipe, rows, stage_seconds(results), note)
     return rows
+
+
+def draw_curves(folder: Path) -> list[Path]:
+    """Beside every training curve (CSV with a `step` and a `loss`) of a folder its figure: loss, rates on the training
+    steps, rates on held-out pages."""
+    import pandas as pd
+
+    from vrag_lib.plots import curves_figure, save_figure
+
+    drawn = []
+    for path in sorted(folder.glob("*.csv")):
+        table = pd.read_csv(path)
+        if not {"step", "loss"} <= set(table.columns):
+            continue
+        rates = [name for name in table.columns if name not in ("step", "loss", "cpu_seconds")]
+        held_out = [name for name in rates if name.startswith(_HELD_OUT)]
+        training = [name for name in rates if name not in held_out]
+        panels = {"loss": ["loss"], "right on training steps": training, "right on held-out pages": held_out}
+        figure = curves_figure(table, {title: names for title, names in panels.items() if names}, width=14)
+        drawn.append(save_figure(figure, path.with_suffix(".png")))
+    return drawn
 
 
 def stage_seconds(results: Path) -> dict[str, int]:
