@@ -304,8 +304,10 @@ def train_retriever(
     reading, finding = schedules(hours)
     train("reading", trainer.modules, lambda n: trainer.reading_step(pool, n), reading, work, curves / "reading.csv")
     trainer.model.visual.requires_grad_(False)
-    features = trainer.page_features(pool)
+    features = functools.cache(lambda: trainer.page_features(pool))  # not needed when the stage was finished before
     modules = {"model": trainer.model}
-    train("finding", modules, lambda n: trainer.finding_step(pool, features, n), finding, work, curves / "finding.csv")
+    train(
+        "finding", modules, lambda n: trainer.finding_step(pool, features(), n), finding, work, curves / "finding.csv"
+    )
     trainer.model.requires_grad_(True).eval()
     return save_retriever(trainer.model, trainer.processor, out_dir)
