@@ -3,8 +3,9 @@
 Not part of the paper, whose models come trained. Three stages, each resumable, each a function of seed and settings:
 
 1. dense: the vision tower alone names the characters of every 28x28 cell of pages of random text, large print first;
-2. reading: the language model learns to read, find and name things on MiniDocs training pages through the fixed tower;
-3. joint: everything together on MiniDocs, the tower at a low rate, naming characters going on beside it.
+2. reading: the language model learns to read, find and name things on MiniDocs training pages through the fixed tower,
+   first on small cut-outs, then on whole pages and crops; a tower that moves holds it up;
+3. joint: everything together on MiniDocs at a low rate, naming characters going on beside it.
 
 Trained on documents of the training split only, which are drawn on the spot and never repeat; the validation split
 draws the curves; the test split is used by `scale_evaluate` alone.
@@ -39,9 +40,12 @@ as few large ones."""
 PAGES_PER_STEP = 2
 """MiniDocs pages of one step of reading."""
 
-READING_MIX = {"whole": 0.4, "crop": 0.15, "part": 0, "close": 9}
-JOINT_MIX = {"whole": 1.5, "crop": 1.0, "part": 0.15, "close": 3}
-"""Samples per page while the language model learns to read, and when everything is trained together."""
+CLOSE_MIX = {"whole": 0.4, "crop": 0.15, "part": 0, "close": 9}
+PAGE_MIX = {"whole": 1.5, "crop": 1.0, "part": 0.15, "close": 3}
+"""Samples per page while the language model learns to read at all, and from then on."""
+
+CLOSE_SHARE = 0.2
+"""Share of the reading stage that is spent on `CLOSE_MIX`."""
 
 EM_RANGE = (10, 44)
 """Em heights of the dense pages' text, shown pixels: from labels on whole pages to sentences in crops."""
@@ -152,7 +156,6 @@ def reading_stage(
     import torch
 
     config = MiniDocsConfig()
-    mix = READING_MIX if head is None else JOINT_MIX
     held_out = [
         make_batch(tokenizer, draw_samples(random.Random(f"{seed}/held out/{i}"), "validation", 3, config))
         for i in range(HELD_OUT_BATCHES)
@@ -162,6 +165,7 @@ def reading_stage(
 
     def step(number: int) -> tuple[torch.Tensor, Counts]:
         rng = random.Random(f"{seed}/{name}/{number}")
+        mix = CLOSE_MIX if head is None and number < CLOSE_SHARE * schedule.steps else PAGE_MIX
         samples = draw_samples(rng, "train", PAGES_PER_STEP, config, mix)
         samples.sort(key=lambda s: s.grid[0] * s.grid[1] + 20 * len(s.turns))
         half = len(samples) // 2  # two batches of similar lengths: less padding
@@ -189,13 +193,13 @@ def reading_stage(
 
 STAGES = ("dense", "reading", "joint")
 
-SECONDS_PER_STEP = {"dense": 0.28, "reading": 1.0, "joint": 1.5}
-"""Seconds of one step of every stage on one core of an AMD EPYC Milan at 2.4 GHz; that of `joint` is estimated."""
+SECONDS_PER_STEP = {"dense": 0.28, "reading": 1.2, "joint": 1.633}
+"""Seconds of one step of every stage on one core of an AMD EPYC Milan at 2.4 GHz."""
 
 
-DENSE = Schedule(steps=11500, muon=4e-3, adamw=3e-3)
-READING = Schedule(steps=1100, muon=0, adamw=1.5e-3, decay=0.15)
-JOINT = Schedule(steps=2000, muon=1e-3, adamw=1e-3, decay=0.7)
+DENSE = Schedule(steps=11311, muon=4e-3, adamw=3e-3)
+READING = Schedule(steps=5000, muon=0, adamw=1.5e-3, decay=0.6)
+JOINT = Schedule(steps=1000, muon=3e-4, adamw=4e-4, decay=0.9)
 
 
 @dataclass(frozen=True)
@@ -213,7 +217,7 @@ class PolicyTraining:
         its share. The number of steps depends on `hours` alone, so the result is the same on any machine.
 
         >>> PolicyTraining.of_hours(3).dense.steps
-        3541
+        11311
         """
         whole = cls(seed=seed)
         stages = {name: getattr(whole, name) for name in SECONDS_PER_STEP}
