@@ -74,7 +74,7 @@ def em_range(done: float) -> tuple[float, float]:
     """Em heights of dense pages when a share `done` of the stage is over.
 
     >>> em_range(0), em_range(0.25), em_range(0.8)
-    ((20.0, 44), (15.0, 44), (10, 44))
+    ((20, 44), (15.0, 44), (10, 44))
     """
     least, most = EM_RANGE
     return max(least, EASY_EM - 2 * done * (EASY_EM - least)), most
