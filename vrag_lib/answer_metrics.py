@@ -23,9 +23,7 @@ from typing import Any, NamedTuple
 
 from vrag_lib.corpus import Question
 from vrag_lib.judge import parse_number
-
-NOT_ANSWERABLE = "Not answerable"
-"""Reference answer of a question that its documents do not answer, in MMLongBench-Doc's spelling."""
+from vrag_lib.minidocs_content import NOT_ANSWERABLE
 
 EVISRAG_REFUSALS = ("no relevant information", "insufficient to answer", "insufficient to answer the question")
 """EVisRAG's gold answers of a question whose pages do not suffice."""

@@ -28,6 +28,7 @@ from typing import Any
 
 from vrag_lib.corpus import Corpus, Question
 from vrag_lib.document_files import CorpusError, Problem
+from vrag_lib.minidocs_content import NOT_ANSWERABLE
 from vrag_lib.rendering import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,6 @@ _QUESTION_FILES = {
     "mmlongbench_doc": ("samples.json", "data/samples.json"),
 }
 _DOCUMENT_FOLDERS = ("{name}_pdf_document", "documents", "pdf", "pdfs", "images", "img")
-_NOT_ANSWERABLE = "Not answerable"
 _META_FIELDS = ("file_name", "reference_page", "source_type", "query_type")
 
 
@@ -118,7 +118,7 @@ def write_unified(questions: Iterable[Question], path: str | Path) -> None:
 
 def answerable(questions: Iterable[Question]) -> tuple[Question, ...]:
     """The questions that have an answer and reference pages; of MMLongBench-Doc's 1,082 these are the paper's 847."""
-    return tuple(q for q in questions if q.reference_pages and q.reference_answer.strip() != _NOT_ANSWERABLE)
+    return tuple(q for q in questions if q.reference_pages and q.reference_answer.strip() != NOT_ANSWERABLE)
 
 
 def check_gold(corpus: Corpus, questions: Iterable[Question]) -> list[Problem]:

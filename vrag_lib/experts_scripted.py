@@ -46,6 +46,9 @@ class Flaws:
     grounding: float = _doc(0.04, "grounding expert: spread of its boxes' sides")
     grounding_astray: float = _doc(0.05, "grounding expert: boxes that lie somewhere else")
     misread: float = _doc(0.02, "either: figures read with one digit wrong")
+    lucky_guess: float = _doc(0.10, "planner: right guesses of what it has not seen")
+    grounding_lucky_guess: float = _doc(0.05, "grounding expert: right guesses of what it has not seen")
+    second_search: float = _doc(0.40, "planner: second searches for what nothing answers")
     judging: float = _doc(0.01, "judge: wrong verdicts")
 
 
@@ -55,7 +58,6 @@ class _Hop:
     page as shown; `finding` what the planner says when it has read it."""
 
     page_id: str
-    element: str
     box: Box
     answer: Box
     query: str
@@ -92,7 +94,6 @@ class _Truth:
             hops.append(
                 _Hop(
                     f"{stem}_{region['page']}",
-                    region["element"],
                     Box(*region["region_box"]),
                     Box(*region["answer_box"]),
                     query,
@@ -183,7 +184,9 @@ class ScriptedPlanner:
         return format_reply(thought, ActionKind.SEARCH, query)
 
     def _guess(self, thought: str, question: Question, rng: random.Random) -> str:
-        return format_reply(thought, ActionKind.ANSWER, _misread(question.reference_answer, rng, 0.9))
+        return format_reply(
+            thought, ActionKind.ANSWER, _misread(question.reference_answer, rng, 1 - self.flaws.lucky_guess)
+        )
 
     def _unanswerable(self, question: Question, conversation: Conversation, rng: random.Random) -> str:
         """Search once or twice in the page's own words, then say that nothing answers it."""
@@ -191,7 +194,7 @@ class ScriptedPlanner:
         searches = sum(turn.action is not None and turn.action.kind is ActionKind.SEARCH for turn in conversation)
         if searches == 0:
             return format_reply("I search for the page.", ActionKind.SEARCH, query)
-        if searches == 1 and rng.random() < 0.4 and LAST_TURN not in conversation[-1].text:
+        if searches == 1 and rng.random() < self.flaws.second_search and LAST_TURN not in conversation[-1].text:
             words = query.split()
             thought = "This is not the right page, search again."
             return format_reply(thought, ActionKind.SEARCH, " ".join(words[: max(2, len(words) - 1)]))
@@ -236,7 +239,8 @@ class ScriptedGrounder:
             return format_reply(thought, ActionKind.CROP, format_box(self._locate(text, image, seed)))
         rng = random.Random(f"reading/{question.uid}/{seed}")
         seen = any(_contains(image, hop) for hop in self._truth.hops(question)[-1:])
-        answer = _misread(question.reference_answer, rng, self.flaws.misread if seen else 0.95)
+        share = self.flaws.misread if seen else 1 - self.flaws.grounding_lucky_guess
+        answer = _misread(question.reference_answer, rng, share)
         return format_reply("Now I can read it.", ActionKind.ANSWER, answer)
 
 
