@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -26,9 +27,14 @@ def built():
     return build_model(processor.tokenizer, seed=0).eval(), processor
 
 
+MIX = {"whole": 1, "crop": 1, "several": 2, "naming": 1, "part": 1, "close": 2}
+
+
 @pytest.fixture(scope="module")
 def samples():
-    return draw_samples(random.Random(0), "train", 2, MiniDocsConfig(), {"whole": 1, "crop": 1, "part": 1, "close": 2})
+    return draw_samples(
+        random.Random(0), "train", 2, MiniDocsConfig(), {"whole": 1, "crop": 1, "several": 2, "part": 1, "close": 2}
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -57,7 +63,7 @@ def test_the_transformers_policy_accepts_the_chat_template(built):
 
 
 def test_the_fast_tower_is_the_tower(built):
-    from vrag_lib.scale_vision import encode_images
+    from vrag_lib.scale_vision import arrange, encode_images
 
     visual = built[0].model.visual
     grids = [(8, 12), (3, 7), (1, 5), (4, 24)]
@@ -65,7 +71,7 @@ def test_the_fast_tower_is_the_tower(built):
     frames = patches.view(-1, 3, 1, 196).expand(-1, -1, 2, -1).reshape(-1, 1176)
     with torch.no_grad():
         own = visual(frames, torch.tensor([(1, 2 * r, 2 * c) for r, c in grids])).pooler_output
-        assert torch.allclose(encode_images(visual, patches, grids), own, atol=1e-5)
+        assert torch.allclose(encode_images(visual, arrange(patches.numpy(), grids)), own, atol=1e-5)
 
 
 def test_patches_are_those_of_the_processor(built, samples):
@@ -73,7 +79,8 @@ def test_patches_are_those_of_the_processor(built, samples):
 
     image = samples[0].image
     own = built[1].image_processor(images=[image], do_resize=False, return_tensors="pt")["pixel_values"]
-    ours = torch.from_numpy(patchify(image)).view(-1, 3, 1, 196).expand(-1, -1, 2, -1).reshape(-1, 1176)
+    ours = torch.from_numpy(patchify(image) / 127.5 - 1).float()
+    ours = ours.view(-1, 3, 1, 196).expand(-1, -1, 2, -1).reshape(-1, 1176)
     assert torch.allclose(own, ours, atol=1e-5)
 
 
@@ -83,32 +90,35 @@ def test_the_training_loss_is_the_model_s_own(built, samples):
     model, processor = built
     batch = make_batch(processor.tokenizer, samples[:4])
     labels = torch.full_like(batch.input_ids, -100)
-    for row, start, end, _ in batch.answers:
-        labels[row, start:end] = batch.input_ids[row, start:end]
-    frames = batch.patches.view(-1, 3, 1, 196).expand(-1, -1, 2, -1).reshape(-1, 1176)
+    labels[batch.row, batch.column] = batch.input_ids[batch.row, batch.column]
+    patches = batch.images.patches.float() / 127.5 - 1
+    frames = patches.view(-1, 3, 1, 196).expand(-1, -1, 2, -1).reshape(-1, 1176)
     with torch.no_grad():
         own = model(
             input_ids=batch.input_ids,
             attention_mask=(batch.input_ids != processor.tokenizer.pad_token_id).long(),
             pixel_values=frames,
-            image_grid_thw=torch.tensor([(1, 2 * r, 2 * c) for r, c in batch.grids]),
+            image_grid_thw=torch.tensor([(1, 2 * r, 2 * c) for r, c in (s.grid for s in samples[:4])]),
             mm_token_type_ids=batch.is_image.int(),
             labels=labels,
         ).loss
         ours, counts = reading_loss(model, batch, train_tower=False)
     assert ours.item() == pytest.approx(own.item(), abs=1e-4)
-    assert sum(total for _, total in counts.values()) == len(batch.answers)
+    assert sum(total for _, total in counts.values()) == len(batch.kinds)
 
 
 def test_samples_say_what_the_pages_say(samples):
-    again = draw_samples(random.Random(0), "train", 2, MiniDocsConfig(), {"whole": 1, "crop": 1, "part": 1, "close": 2})
+    again = draw_samples(
+        random.Random(0), "train", 2, MiniDocsConfig(), {"whole": 1, "crop": 1, "several": 2, "part": 1, "close": 2}
+    )
     assert [s.turns for s in again] == [s.turns for s in samples]
     for sample in samples:
-        assert sample.turns and sample.image.width % PATCH == 0 and sample.image.height % PATCH == 0
-        for question, answer in sample.turns:
-            if question.startswith(WHERE):
-                box = parse_reply(f"<bbox>{answer}</bbox>").box
+        assert (sample.turns or sample.words) and sample.image.width % PATCH == 0 and sample.image.height % PATCH == 0
+        for turn in sample.turns:
+            if turn.question.startswith(WHERE):
+                box = parse_reply(f"<bbox>{turn.answer}</bbox>").box
                 assert box.area > 0 and box.x2 <= sample.image.width and box.y2 <= sample.image.height
+                assert iou(box, turn.place) > 0.5
 
 
 def test_rounded_regions_hold_their_answers():
@@ -143,7 +153,8 @@ def test_page_questions_are_the_benchmark_s():
     assert Box(0, 0, page.size.width, page.size.height).intersection(page.facts[0].region_box).area > 0
 
 
-def test_a_resumed_stage_ends_with_the_same_weights(built, tmp_path):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resumed_stage_ends_with_the_same_weights(built, tmp_path, workers):
     from vrag_lib.scale_loop import Schedule, train
     from vrag_lib.scale_policy import build_model
     from vrag_lib.scale_training import character_batch, character_head, character_loss
@@ -153,14 +164,22 @@ def test_a_resumed_stage_ends_with_the_same_weights(built, tmp_path):
         torch.manual_seed(0)
         head = character_head(192)
 
-        def step(number: int):
-            if number in stops:
-                stops.remove(number)
+        done = []
+
+        def batch_of_step(number: int):
+            return character_batch(random.Random(number), (12, 30), 24)
+
+        def loss_of_batch(batch):
+            if len(done) in stops:
+                stops.clear()
                 raise KeyboardInterrupt
-            return character_loss(model.model.visual, head, character_batch(random.Random(number), (12, 30), 24))
+            done.append(batch)
+            return character_loss(model.model.visual, head, batch)
 
         schedule = Schedule(steps=4, muon=1e-3, adamw=1e-3, warmup=2, log_every=1, save_every=2)
-        train("dense", {"visual": model.model.visual, "head": head}, step, schedule, folder, folder / "curve.csv")
+        modules = {"visual": model.model.visual, "head": head}
+        curve = folder / "curve.csv"
+        train("dense", modules, batch_of_step, loss_of_batch, schedule, folder, curve, workers=workers)
         return model.model.visual.state_dict()
 
     whole = run(tmp_path / "whole", [])
@@ -171,6 +190,61 @@ def test_a_resumed_stage_ends_with_the_same_weights(built, tmp_path):
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     rows = (tmp_path / "cut" / "curve.csv").read_text().splitlines()
     assert [row.split(",")[0] for row in rows] == ["step", "1", "2", "3", "4"]
+
+
+def test_heads_are_shown_the_cells_that_hold_what_is_asked(built, samples):
+    """The gold of every guided token lies on the image, or is the name's last token, and none of it comes later."""
+    from vrag_lib.scale_reading import ANSWER_TO_NAME, gaze_losses, make_batch
+
+    model, processor = built
+    batch = make_batch(processor.tokenizer, samples)
+    for head, gaze in batch.gaze.items():
+        assert gaze.gold.any(1).all()
+        last = torch.where(gaze.gold, torch.arange(gaze.gold.shape[1]), -1).amax(1)
+        assert (last <= gaze.column).all()
+        if head in ANSWER_TO_NAME:
+            named = {processor.tokenizer.decode([t]).strip() for t in batch.input_ids[gaze.row, last].tolist()}
+            assert not named & {"is", "the", "?", "|im_end|"}
+        else:
+            assert batch.is_image[gaze.row][gaze.gold].all()
+    with torch.no_grad():
+        out = model.model.language_model(
+            inputs_embeds=torch.zeros(*batch.input_ids.shape, 192), position_ids=batch.position_ids, use_cache=False,
+            output_hidden_states=True,
+        )  # fmt: skip
+        losses = gaze_losses(model.model.language_model, batch, out.hidden_states)
+    for head, gaze in batch.gaze.items():  # nothing to tell tokens apart by: all that came before is paid alike
+        expected = -(gaze.gold.sum(1) / (gaze.column + 1)).log().mean()
+        assert losses[head].item() == pytest.approx(expected.item(), abs=1e-4)
+
+
+def _train_in_processes(folder: Path) -> None:
+    from vrag_lib.scale_loop import Schedule, process_rank, train
+
+    layer = torch.nn.Linear(3, 1)
+    torch.nn.init.constant_(layer.weight, 0.5)
+    torch.nn.init.zeros_(layer.bias)
+    data = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
+    world = process_rank()[1]
+
+    def batch_of_step(number: int):
+        return data[number : number + 1] if world > 1 else data[2 * number : 2 * number + 2]
+
+    schedule = Schedule(steps=4, muon=0, adamw=1e-2, warmup=1, log_every=1, save_every=4)
+    modules = {"layer": layer}
+    train("run", modules, batch_of_step, lambda x: (layer(x).square().mean(), {}), schedule, folder, folder / "c.csv")
+
+
+def test_two_processes_train_as_one_with_steps_twice_as_wide(tmp_path):
+    from safetensors.torch import load_file
+
+    from vrag_lib.scale_loop import in_processes
+
+    in_processes(1, _train_in_processes, tmp_path / "one")
+    in_processes(2, _train_in_processes, tmp_path / "two")
+    one, two = (load_file(tmp_path / name / "run" / "checkpoint.safetensors") for name in ("one", "two"))
+    assert torch.allclose(one["weights/layer/weight"], two["weights/layer/weight"], atol=1e-6)
+    assert len((tmp_path / "two" / "c.csv").read_text().splitlines()) == 5
 
 
 def test_muon_s_update_is_orthogonal():
@@ -198,17 +272,15 @@ def test_the_whole_recipe_in_miniature(tmp_path, monkeypatch):
     from vrag_lib.scale_loop import Schedule
     from vrag_lib.scale_make import make_policy
 
-    monkeypatch.setattr(scale_training, "CELLS_PER_STEP", 48)
-    monkeypatch.setattr(scale_training, "PAGES_PER_STEP", 1)
     monkeypatch.setattr(scale_training, "HELD_OUT_BATCHES", 1)
     steps = Schedule(steps=2, muon=1e-3, adamw=1e-3, warmup=1)
-    recipe = scale_training.PolicyTraining(dense=steps, reading=steps, joint=steps)
+    recipe = scale_training.PolicyTraining(0, steps, steps, steps, steps, cells_per_step=48, pages_per_step=1)
     out, results = tmp_path / "policy", tmp_path / "results"
     rows = make_policy(out, results, tmp_path / "work", recipe, test_documents=1)
     assert {row["task"] for row in rows} == {"crop", "page", "region", "title"}
     assert all(0 <= row["low"] <= row["right"] <= row["high"] <= 1 for row in rows)
     assert (results / "curve_joint.csv").read_text().splitlines()[-1].startswith("2,")
-    assert {p.stem for p in results.glob("*.png")} == {"curve_dense", "curve_reading", "curve_joint"}
+    assert {p.stem for p in results.glob("*.png")} == {"curve_dense", "curve_naming", "curve_reading", "curve_joint"}
     card = (out / "README.md").read_text()
     assert "value from the crop of its region" in card and "dense 2 steps" in card
     weights = (out / "model.safetensors").read_bytes()

@@ -146,7 +146,7 @@ def _train(folder: Path, stop_at: int | None):
         return trainer.reading_step(pool, number)
 
     schedule = Schedule(3, muon=1e-3, adamw=1e-3, warmup=1, save_every=1, log_every=1)
-    train("reading", trainer.modules, step, schedule, folder, folder / "reading.csv")
+    train("reading", trainer.modules, int, step, schedule, folder, folder / "reading.csv")
     return trainer, pool
 
 

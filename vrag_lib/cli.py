@@ -235,7 +235,12 @@ def _scale_model(commands) -> None:
         from vrag_lib.scale_training import PolicyTraining
 
         config, out, work, results = prepare(arguments, "policy", "policy")
-        make_policy(out, results, work, PolicyTraining.of_hours(arguments.hours, config.seed))
+        large = arguments.recipe == "large"
+        recipe = PolicyTraining.large(config.seed) if large else PolicyTraining.of_hours(arguments.hours, config.seed)
+        make_policy(
+            out, results, work / arguments.recipe, recipe, device=arguments.device, workers=arguments.workers,
+            processes=arguments.processes,
+        )  # fmt: skip
         print(f"model  {out}\ncurves and evaluation  {results}")
 
     def retriever(arguments) -> None:
@@ -269,6 +274,12 @@ def _scale_model(commands) -> None:
         parser.add_argument("--hours", type=float, default=3.0, help="length on one free core; sets the steps (3)")
         parser.add_argument("--threads", type=int, default=1, help="processor threads (default: %(default)s)")
         parser.add_argument("--out", help="folder of the model (default: below the cache)")
+        if name == "policy":
+            recipes = "small: for a processor, as long as --hours says; large: ten minutes of an H200 (default: small)"
+            parser.add_argument("--recipe", choices=["small", "large"], default="small", help=recipes)
+            parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to train (cpu)")
+            parser.add_argument("--workers", type=int, default=0, help="processes that make the data (0)")
+            parser.add_argument("--processes", type=int, default=1, help="that train together on the processor (1)")
     parser = _command(
         kinds, "report", report, "measure on the test split what makes MiniDocs hard for the scale models"
     )

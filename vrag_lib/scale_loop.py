@@ -11,7 +11,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,12 +62,13 @@ def make_optimizers(named: Iterable[tuple[str, torch.nn.Parameter]], schedule: S
     optimizers: list[Any] = []
     if matrices:
         optimizers.append(Muon(matrices, lr=schedule.muon, momentum=0.95, weight_decay=0.01))
-    optimizers.append(torch.optim.AdamW(rest, lr=schedule.adamw, betas=(0.9, 0.98), weight_decay=0.01))
+    fused = rest[0].device.type == "cuda"
+    optimizers.append(torch.optim.AdamW(rest, lr=schedule.adamw, betas=(0.9, 0.98), weight_decay=0.01, fused=fused))
     return optimizers
 
 
-Counts = Mapping[str, tuple[float, float]]
-"""Hits and total of every metric."""
+Counts = Mapping[str, tuple[Any, Any]]
+"""Hits and total of every metric: numbers, or tensors, which are not waited for before a row is written."""
 
 
 class Tally:
@@ -81,7 +82,7 @@ class Tally:
     """
 
     def __init__(self) -> None:
-        self.sums: dict[str, list[float]] = {}
+        self.sums: dict[str, list[Any]] = {}
 
     def add(self, counts: Counts) -> None:
         for key, (hit, total) in counts.items():
@@ -89,11 +90,11 @@ class Tally:
             entry[0] += hit
             entry[1] += total
 
-    def counts(self) -> dict[str, tuple[float, float]]:
+    def counts(self) -> Counts:
         return {key: (hit, total) for key, (hit, total) in self.sums.items()}
 
     def rates(self) -> dict[str, float]:
-        return {key: hit / total for key, (hit, total) in self.sums.items() if total}
+        return {key: float(hit) / float(total) for key, (hit, total) in self.sums.items() if total}
 
 
 class Curve:
@@ -118,61 +119,165 @@ class Curve:
             writer.writerows(self.rows)
 
 
+def batches(batch_of_step: Callable[[int], Any], start: int, stop: int, workers: int = 0) -> Iterator[Any]:
+    """`batch_of_step(start)` to `batch_of_step(stop - 1)` in order, made ahead by `workers` processes (0: here, when
+    asked for). Linux and macOS only when `workers` is not 0, because workers are forked."""
+    from torch.utils.data import DataLoader
+
+    if not workers:
+        return map(batch_of_step, range(start, stop))
+    ahead = {"num_workers": workers, "prefetch_factor": 4, "multiprocessing_context": "fork"}
+    steps = _Steps(batch_of_step, start, stop)
+    return iter(DataLoader(steps, batch_size=None, collate_fn=_as_it_is, worker_init_fn=_one_thread, **ahead))
+
+
+@dataclass(frozen=True)
+class _Steps:
+    batch_of_step: Callable[[int], Any]
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __getitem__(self, index: int) -> Any:
+        return self.batch_of_step(self.start + index)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _one_thread(worker: int) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
 def train(
     name: str,
     modules: Mapping[str, torch.nn.Module],
-    loss_of_step: Callable[[int], tuple[torch.Tensor, Counts]],
+    batch_of_step: Callable[[int], Any],
+    loss_of_batch: Callable[[Any], tuple[torch.Tensor, Counts]],
     schedule: Schedule,
     folder: Path,
     curve_path: Path,
     evaluate: Callable[[], Mapping[str, float]] | None = None,
     eval_every: int = 200,
+    workers: int = 0,
 ) -> None:
     """Train the parameters of `modules` that require gradients until `schedule.steps`, going on from `folder/name`.
 
-    `loss_of_step(step)` returns the loss and the metrics' counts, which are summed between two rows of the curve; a
-    multiple of `eval_every` steps and the last one get what `evaluate` measures as well. Afterwards the modules hold
-    the trained weights, whether they were trained now or before.
+    `batch_of_step(number)` makes the data of a step, in `workers` processes when there are any (inside `in_processes`
+    each process makes its own, and their gradients are averaged); `loss_of_batch` returns its loss and the metrics'
+    counts, which are summed between two rows of the curve; a multiple of `eval_every` steps and the last one get what
+    `evaluate` measures as well. Afterwards the modules hold the trained weights, whether they were trained now or
+    before.
 
-    Raises RuntimeError when a loss is not finite.
+    Raises RuntimeError when the losses since the last row of the curve are not finite.
     """
     import torch
     from tqdm import tqdm
 
+    rank, world = process_rank()
     named = [(f"{m}.{n}", p) for m, module in modules.items() for n, p in module.named_parameters() if p.requires_grad]
     optimizers = make_optimizers(named, schedule)
     start, spent = _load(folder / name, modules, optimizers)
+    if start >= schedule.steps:
+        return
     curve = Curve(curve_path, start)
     peaks = [schedule.adamw if isinstance(o, torch.optim.AdamW) else schedule.muon for o in optimizers]
-    began = time.process_time() - spent
+    began = time.monotonic() - spent
     tally, losses = Tally(), []
-    bar = tqdm(range(start, schedule.steps), desc=name, initial=start, total=schedule.steps, mininterval=10)
-    for step in bar:
+    bar = tqdm(
+        range(start, schedule.steps), desc=name, initial=start, total=schedule.steps, mininterval=10, disable=rank > 0
+    )
+    data = batches(lambda step: batch_of_step(step * world + rank), start, schedule.steps, workers)
+    for step, batch in zip(bar, data, strict=True):
         for optimizer, peak in zip(optimizers, peaks, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = peak * schedule.factor(step)
-        loss, counts = loss_of_step(step)
-        if not math.isfinite(loss.item()):
-            raise RuntimeError(f"stage {name}: the loss of step {step} is {loss.item()}; lower the learning rate")
+        loss, counts = loss_of_batch(batch)
         loss.backward()
+        if world > 1:
+            _average([p.grad for _, p in named if p.grad is not None])
         torch.nn.utils.clip_grad_norm_([p for _, p in named], 1.0)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        losses.append(loss.item())
+        losses.append(loss.detach())
         tally.add(counts)
         done = step + 1
         last = done == schedule.steps
-        if done % schedule.log_every == 0 or last:
-            row = {"step": done, "cpu_seconds": round(time.process_time() - began), "loss": sum(losses) / len(losses)}
-            row |= tally.rates()
-            if evaluate and (done % eval_every == 0 or last):
-                row |= evaluate()
-            curve.add(row)
+        save = done % schedule.save_every == 0 or last
+        if done % schedule.log_every == 0 or save:
+            mean = float(torch.stack(losses).mean())
+            if not math.isfinite(mean):
+                raise RuntimeError(f"stage {name}: the loss up to step {step} is {mean}; lower the learning rate")
+            row: dict[str, Any] = {
+                "step": done,
+                "seconds": round(time.monotonic() - began),
+                "loss": mean,
+            } | tally.rates()
+            if rank == 0:
+                if evaluate and (done % eval_every == 0 or last):
+                    row |= evaluate()
+                curve.add(row)
             bar.set_postfix(loss=f"{row['loss']:.3f}")
             tally, losses = Tally(), []
-        if done % schedule.save_every == 0 or last:
-            _save(folder / name, modules, optimizers, done, time.process_time() - began)
+        if save and rank == 0:
+            _save(folder / name, modules, optimizers, done, time.monotonic() - began)
+
+
+def process_rank() -> tuple[int, int]:
+    """This process's number among those of `in_processes`, and how many there are; (0, 1) outside."""
+    import torch.distributed as dist
+
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def in_processes(count: int, function: Callable[..., None], *arguments: Any) -> None:
+    """Call `function` with `arguments` in `count` processes that train together on the processor, each with as many
+    threads as this one; with 1, here. The function must be importable by name and its arguments pickle."""
+    import tempfile
+
+    import torch
+
+    if count == 1:
+        function(*arguments)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        meeting = f"file://{folder}/meeting"
+        torch.multiprocessing.spawn(
+            _process, (count, meeting, torch.get_num_threads(), function, arguments), nprocs=count
+        )
+
+
+def _process(
+    rank: int, count: int, meeting: str, threads: int, function: Callable[..., None], arguments: tuple[Any, ...]
+) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(threads)
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=count)
+    try:
+        function(*arguments)
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def _average(gradients: list[torch.Tensor]) -> None:
+    """Replace gradients by their mean over processes, in one message."""
+    import torch
+    import torch.distributed as dist
+
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
 
 
 def _save(folder: Path, modules: Mapping[str, Any], optimizers: list[Any], step: int, seconds: float) -> None:
@@ -185,7 +290,7 @@ def _save(folder: Path, modules: Mapping[str, Any], optimizers: list[Any], step:
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / "checkpoint.partial"
     about = {"state": json.dumps({"step": step, "seconds": seconds})}
-    save_file({k: v.detach().clone().contiguous() for k, v in tensors.items()}, partial, metadata=about)
+    save_file({k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}, partial, metadata=about)
     os.replace(partial, folder / "checkpoint.safetensors")
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from vrag_lib.config import provenance
 from vrag_lib.rendering import write_atomically
 from vrag_lib.scale_evaluate import evaluate_policy, write_evaluation
+from vrag_lib.scale_loop import in_processes
 from vrag_lib.scale_policy import MAX_PIXELS
 from vrag_lib.scale_training import STAGES, PolicyTraining, train_policy
 
@@ -39,14 +40,18 @@ def make_policy(
     recipe: PolicyTraining | None = None,
     test_documents: int = 80,
     note: str = "",
+    device: str = "cpu",
+    workers: int = 0,
+    processes: int = 1,
 ) -> list[dict[str, Any]]:
     """Train the policy, measure it on the test split and write its card: what `vrag scale-model` does for it.
 
     out: checkpoint folder. results: curves and evaluation. work: training checkpoints, from which the same call goes
-    on after a kill. Returns the rows of the evaluation.
+    on after a kill. `workers` processes make the data for `device`; on the processor several `processes` may train
+    together, which is as if every step were so many times as wide. Returns the rows of the evaluation.
     """
     recipe = recipe or PolicyTraining()
-    train_policy(recipe, work, results, out)
+    in_processes(processes, train_policy, recipe, work, results, out, device, workers)
     rows = write_evaluation(evaluate_policy(out, "test", test_documents), results)
     draw_curves(results)
     write_card(out, recipe, rows, stage_seconds(results), note)
@@ -65,7 +70,7 @@ def draw_curves(folder: Path) -> list[Path]:
         table = pd.read_csv(path)
         if not {"step", "loss"} <= set(table.columns):
             continue
-        rates = [name for name in table.columns if name not in ("step", "loss", "cpu_seconds")]
+        rates = [name for name in table.columns if name not in ("step", "loss", "seconds")]
         held_out = [name for name in rates if name.startswith(_HELD_OUT)]
         training = [name for name in rates if name not in held_out]
         panels = {"loss": ["loss"], "right on training steps": training, "right on held-out pages": held_out}
@@ -75,11 +80,11 @@ def draw_curves(folder: Path) -> list[Path]:
 
 
 def stage_seconds(results: Path) -> dict[str, int]:
-    """CPU seconds of each stage, by the last row of its curve."""
+    """Seconds of each stage, by the last row of its curve."""
     seconds = {}
     for stage in STAGES:
         with (results / f"curve_{stage}.csv").open(newline="") as file:
-            seconds[stage] = int(list(csv.DictReader(file))[-1]["cpu_seconds"])
+            seconds[stage] = int(list(csv.DictReader(file))[-1]["seconds"])
     return seconds
 
 
@@ -134,9 +139,10 @@ bootstrap over questions.
 Every answer is in `results/laptop/scale_model/policy/perception_probes.csv`.
 
 ## How it was made
-`vrag scale-model`, seed {seed}, from random weights, on generated images alone (no photographs, no scraped
-text, no other model): {stages}. First the vision tower names the characters of every cell of pages of random
-text, then the language model learns to read through the fixed tower, then everything is trained together.
+`vrag scale-model policy`, seed {seed}, from random weights, on generated images alone (no photographs, no
+scraped text, no other model): {stages}. First the vision tower names the characters of every cell of pages of
+random text, then it and the first layers of the language model learn which cells show which word, then the
+language model learns to read through the fixed tower, then everything is trained together.
 Curves are in `results/laptop/scale_model/policy/`, settings and versions in `training.json`.
 {note}
 ## Limits

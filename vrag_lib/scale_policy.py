@@ -61,9 +61,9 @@ _LANGUAGE = {
     "num_key_value_heads": 6,  # six heads of 32: a size that vLLM's CPU kernels take
     "max_position_embeddings": MAX_TOKENS,
     "rms_norm_eps": 1e-6,
-    # Of 16 frequencies most go to columns, middle ones among them: with Qwen's own shares and base neighbouring columns
-    # of a page would lie 0.003 radians apart, and digits could not be put in order.
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0, "mrope_section": [1, 2, 13]},
+    # Of 16 frequencies most go to columns, middle ones among them: with Qwen's own shares (4, 6, 6) neighbouring
+    # columns of a page would lie 0.003 radians apart.
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 3, 12]},
 }
 
 _COMMON = """

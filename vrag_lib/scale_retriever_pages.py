@@ -144,7 +144,7 @@ def label(
                 near.append(share.reshape(-1))
     cover = cover.reshape(rows, BINS[0], columns, BINS[1]).transpose(0, 2, 1, 3).reshape(rows * columns, -1)
     shares = np.array(near, np.float32).reshape(-1, rows * columns)
-    patches = np.rint((patchify(shown) + 1) * 127.5).astype(np.uint8)
+    patches = patchify(shown)
     return LabelledPage(grid, patches, np.array(words, np.int64), shares, cover)
 
 

@@ -302,12 +302,15 @@ def train_retriever(
     trainer = Trainer(seed)
     pool = PagePool(MiniDocsConfig(seed=seed), trainer.vocabulary, documents)
     reading, finding = schedules(hours)
-    train("reading", trainer.modules, lambda n: trainer.reading_step(pool, n), reading, work, curves / "reading.csv")
+    train(
+        "reading", trainer.modules, int, lambda n: trainer.reading_step(pool, n), reading, work, curves / "reading.csv"
+    )
     trainer.model.visual.requires_grad_(False)
     features = functools.cache(lambda: trainer.page_features(pool))  # not needed when the stage was finished before
     modules = {"model": trainer.model}
     train(
-        "finding", modules, lambda n: trainer.finding_step(pool, features(), n), finding, work, curves / "finding.csv"
-    )
+        "finding", modules, int, lambda n: trainer.finding_step(pool, features(), n), finding, work,
+        curves / "finding.csv",
+    )  # fmt: skip
     trainer.model.requires_grad_(True).eval()
     return save_retriever(trainer.model, trainer.processor, out_dir)

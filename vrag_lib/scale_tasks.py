@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from PIL import Image
 
 from vrag_lib.actions import format_box
 from vrag_lib.geometry import PATCH, Box, Size, View, render
+from vrag_lib.minidocs_canvas import Text, text_width, union
 from vrag_lib.minidocs_content import BOARDS, FLOWS, MEASURES, SHORT_MONTHS
 from vrag_lib.minidocs_documents import MiniDocsConfig, MiniDocument, MiniPage, build_document
 from vrag_lib.minidocs_pages import Fact
@@ -38,12 +39,26 @@ _FIGURES = {"value": "figure of", "change": "change in", "share": "share of"}
 
 
 @dataclass(frozen=True)
+class Asked:
+    """A question on an image, what kind of question it is, its answer and, where one place holds it, that `place`.
+    `named` are words of the question that name something on the image, `named_place` is where that stands."""
+
+    kind: str
+    question: str
+    answer: str
+    place: Box | None = None
+    named: str = ""
+    named_place: Box | None = None
+
+
+@dataclass(frozen=True)
 class Sample:
-    """One shown image and what is asked about it: `turns` holds (question, answer)."""
+    """One shown image and what is asked about it, or `words` that stand on it, each with its places; all places in
+    shown pixels."""
 
     image: Image.Image
-    turns: tuple[tuple[str, str], ...]
-    kinds: tuple[str, ...]
+    turns: tuple[Asked, ...]
+    words: tuple[tuple[str, tuple[Box, ...]], ...] = ()
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -112,6 +127,11 @@ def _inside(box: Box, outer: Box, slack: float = 1.0) -> bool:
     )  # fmt: skip
 
 
+def _distance(a: Box, b: Box) -> float:
+    """Between the centres of two boxes."""
+    return math.hypot(a.x1 + a.x2 - b.x1 - b.x2, a.y1 + a.y2 - b.y1 - b.y2) / 2
+
+
 def visible_text(page: MiniPage, view: View, least_em: float) -> str:
     """The runs of text that lie inside a view and are shown at `least_em` pixels or more: lines from top to bottom,
     runs of one line from left to right."""
@@ -124,6 +144,26 @@ def visible_text(page: MiniPage, view: View, least_em: float) -> str:
         else:
             lines.append([text])
     return "\n".join(" ".join(t.string for t in sorted(line, key=lambda t: t.x)) for line in lines)
+
+
+def words(page: MiniPage, view: View, least_em: float = 9) -> dict[str, list[Box]]:
+    """Words without digits that a view shows whole and at `least_em` pixels or more, and where (shown pixels)."""
+    scale = view.shown.height / view.box.height
+    found: dict[str, list[Box]] = {}
+    for text in page.canvas.texts:
+        if text.font.px * scale < least_em:
+            continue
+        start = 0
+        for word in text.string.split(" "):
+            end = start + len(word)
+            bare = word.strip(".,:;()\"'")
+            if bare and not any(c.isdigit() for c in bare):
+                left, right = (text.x + text_width(text.string[:i], text.font) for i in (start, end))
+                box = Box(left, text.box.y1, right, text.box.y2)
+                if _inside(box, view.box, slack=2):
+                    found.setdefault(bare, []).append(view.to_shown(box))
+            start = end + 1
+    return found
 
 
 class PageSamples:
@@ -145,61 +185,97 @@ class PageSamples:
         question = self.writer.layout()
         return question.query, question.facts[0][1]
 
-    def place_questions(self, view: View, count: int) -> list[tuple[str, str, str]]:
-        found = []
-        for _ in range(count):
-            if "layout" in self.writer.cells and self.rng.random() < 0.6:
-                question, fact = self.layout_question()
-            else:
-                fact = self.rng.choice(self.page.facts)
-                question = self.question(fact) if self.rng.random() < 0.7 else phrase(fact)
-            found.append(("region", WHERE + question, format_box(shown_box(view, fact.region_box))))
-        return found
+    def place_question(self, view: View, fact: Fact | None = None) -> Asked:
+        """Where a fact, or any fact, is said, in the frame of a view."""
+        if fact is None and "layout" in self.writer.cells and self.rng.random() < 0.6:
+            question, fact = self.layout_question()
+        else:
+            fact = fact or self.rng.choice(self.page.facts)
+            question = self.question(fact) if self.rng.random() < 0.7 else phrase(fact)
+        box = format_box(shown_box(view, fact.region_box))
+        return Asked("region", WHERE + question, box, fact.region_box, fact.item, fact.region_box)
+
+    def value_question(self, shown: str, fact: Fact) -> Asked:
+        kind = f"{shown} {fact.element}"
+        return Asked(kind, self.question(fact), fact.value, fact.answer_box, fact.item, fact.region_box)
+
+    def line_question(self, view: View, text: Text) -> Asked:
+        box = format_box(shown_box(view, text.box))
+        return Asked("line", WHERE_TEXT + text.string, box, text.box, text.string, text.box)
+
+    def place_of(self, string: str) -> Box | None:
+        """Where a string stands by itself on the page."""
+        return next((text.box for text in self.page.canvas.texts if text.string == string), None)
 
     def whole(self) -> Sample:
         """The page at its standard size."""
         rng, page, view = self.rng, self.page, page_view(self.page)
-        turns: list[tuple[str, str, str]] = []
-        if page.title and rng.random() < 0.6:
-            turns.append(("title", TITLE, page.title))
-        if rng.random() < 0.35:
-            turns.append(("name", NAME, self.document.name))
+        turns: list[Asked] = []
+        if page.title and rng.random() < 0.4:
+            turns.append(Asked("title", TITLE, page.title, self.place_of(page.title)))
+        if rng.random() < 0.3:
+            turns.append(Asked("name", NAME, self.document.name, self.place_of(self.document.name)))
         if page.kind != "cover" and rng.random() < 0.3:
             items = dict.fromkeys(
                 SHORT_MONTHS.get(f.item, f.item) if page.kind == "line" else f.item for f in page.facts
             )
-            turns.append(("items", ITEMS, ", ".join(items)))
-        turns += self.place_questions(view, 3)
+            turns.append(Asked("items", ITEMS, ", ".join(items)))
+        turns += [self.place_question(view) for _ in range(4)]
         large = [t for t in page.canvas.texts if t.font.px * view.shown.height / view.box.height >= 9]
         if large and rng.random() < 0.5:
             text = rng.choice(large)
             if sum(t.string == text.string for t in page.canvas.texts) == 1:
-                turns.append(("line", WHERE_TEXT + text.string, format_box(shown_box(view, text.box))))
-        if rng.random() < (0.7 if page.kind in ("text", "cover") else 0.15):
-            fact = rng.choice(page.facts)
-            turns.append((f"page {fact.element}", self.question(fact), fact.value))
-        rng.shuffle(turns)
+                turns.append(self.line_question(view, text))
+        if rng.random() < (0.7 if page.kind in ("text", "cover") else 0.05):
+            turns.append(self.value_question("page", rng.choice(page.facts)))
         return self._sample(view, turns)
 
     def crop(self) -> Sample:
         """The region of one fact, opened as a crop."""
         rng = self.rng
-        turns: list[tuple[str, str, str]] = []
         if "layout" in self.writer.cells and rng.random() < 0.5:
             question, target = self.layout_question()
         else:
             target = rng.choice(self.page.facts)
             question = self.question(target)
         view = region_view(self.page, target.region_box, rng, target.answer_box)
-        turns.append((f"crop {target.element}", question, target.value))
+        turns = [Asked(f"crop {target.element}", question, target.value, target.answer_box)]
         others = [f for f in self.page.facts if _inside(f.answer_box, view.box) and f is not target]
-        for fact in rng.sample(others, min(2, len(others))):
-            turns.append((f"crop {fact.element}", self.question(fact), fact.value))
+        turns += [self.value_question("crop", fact) for fact in rng.sample(others, min(2, len(others)))]
         text = visible_text(self.page, view, 8)
-        if text and rng.random() < 0.6:
-            turns.append(("text", TEXT, text))
-        rng.shuffle(turns)
+        if text and rng.random() < 0.4:
+            turns.append(Asked("text", TEXT, text))
         return self._sample(view, turns)
+
+    def several_view(self) -> tuple[View, list[Fact]]:
+        """A crop around two to four facts that stand together, and these facts."""
+        target = self.rng.choice(self.page.facts)
+        near = sorted(self.page.facts, key=lambda fact: _distance(fact.region_box, target.region_box))
+        chosen = near[: self.rng.randint(2, 4)]
+        around = union([fact.region_box for fact in chosen])
+        return region_view(self.page, around, self.rng, target.region_box), chosen
+
+    def several(self) -> Sample:
+        """Facts that stand together, opened as one crop: which is which has to be told by its label."""
+        rng, page = self.rng, self.page
+        view, chosen = self.several_view()
+        least_em = min(t.font.px for t in page.canvas.texts) * view.shown.height / view.box.height
+        turns = []
+        for fact in rng.sample(chosen, min(len(chosen), 3)):
+            if not _inside(fact.region_box, view.box, slack=4):
+                continue
+            if rng.random() < 0.5:
+                turns.append(self.place_question(view, fact))
+            elif least_em >= 9:
+                turns.append(self.value_question("several", fact))
+        return self._sample(view, turns) if turns else self.crop()
+
+    def naming(self) -> Sample:
+        """The words that the page, or a crop of it, shows whole and large enough, and where each stands."""
+        view = page_view(self.page) if self.rng.random() < 2 / 3 else self.several_view()[0]
+        found = list(words(self.page, view).items())
+        self.rng.shuffle(found)
+        return Sample(render(self.image, view), (), tuple((word, tuple(boxes)) for word, boxes in found))
 
     def part(self) -> Sample:
         """Any part of the page: its text and the place of some of it."""
@@ -215,11 +291,9 @@ class PageSamples:
             text = visible_text(page, view, 8)
             if text:
                 break
-        turns = [("text", TEXT, text)] if len(text) < 160 else []
+        turns = [Asked("text", TEXT, text)] if len(text) < 160 else []
         lines = [t for t in page.canvas.texts if _inside(t.box, view.box) and len(t.string) < 40]
-        for line in rng.sample(lines, min(len(lines), 1 if turns else 2)):
-            turns.append(("line", WHERE_TEXT + line.string, format_box(shown_box(view, line.box))))
-        rng.shuffle(turns)
+        turns += [self.line_question(view, line) for line in rng.sample(lines, min(len(lines), 1 if turns else 2))]
         return self._sample(view, turns) if turns else self.part()
 
     def close(self) -> Sample:
@@ -243,22 +317,26 @@ class PageSamples:
         )
         view = View(page.size, whole, Size(columns * PATCH, rows * PATCH))
         touched = [f for f in page.facts if f.answer_box.intersection(whole).area > 0]
-        turns = []
-        if len(touched) == 1 and _inside(box, whole):
-            turns.append((f"crop {target.element}", self.question(target), target.value))
+        turns = [self.value_question("crop", target)] if len(touched) == 1 and _inside(box, whole) else []
         text = visible_text(page, view, 8)
         if text and (not turns or rng.random() < 0.5):
-            turns.append(("text", TEXT, text))
-        rng.shuffle(turns)
+            turns.append(Asked("text", TEXT, text))
         return self._sample(view, turns) if turns else self.crop()
 
-    def _sample(self, view: View, turns: list[tuple[str, str, str]]) -> Sample:
-        image = render(self.image, view)
-        return Sample(image, tuple((q, a) for _, q, a in turns), tuple(kind for kind, _, _ in turns))
+    def _sample(self, view: View, turns: list[Asked]) -> Sample:
+        """The questions in random order, their places in the frame of the view."""
+        self.rng.shuffle(turns)
+
+        def shown(box: Box | None) -> Box | None:
+            return None if box is None else view.to_shown(box)
+
+        asked = (replace(turn, place=shown(turn.place), named_place=shown(turn.named_place)) for turn in turns)
+        return Sample(render(self.image, view), tuple(asked))
 
 
-MIX = {"whole": 1, "crop": 2, "part": 1, "close": 0}
-"""Samples per page of the final stage: the page, crops of facts, any part, cut-outs around a figure."""
+MIX = {"whole": 1, "crop": 2, "several": 1, "part": 1, "close": 0}
+"""Samples per page of the final stage: the page, crops of facts, of several facts, any part, cut-outs around a figure.
+"""
 
 
 def draw_samples(
