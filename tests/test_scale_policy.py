@@ -218,6 +218,23 @@ def test_heads_are_shown_the_cells_that_hold_what_is_asked(built, samples):
         assert losses[head].item() == pytest.approx(expected.item(), abs=1e-4)
 
 
+def test_places_can_be_read_off_where_they_stand(built, samples):
+    """A probe that reads the truth has no loss: rows and columns of image tokens, boxes of the answers that name one."""
+    from vrag_lib.scale_reading import BOX_KINDS, make_batch, place_loss
+
+    batch = make_batch(built[1].tokenizer, samples)
+    named = batch.boxes.isfinite().all(1)
+    assert [batch.kinds[a] in BOX_KINDS for a in batch.answer.tolist()] == named.tolist() and named.any()
+    start = torch.where(batch.is_image, batch.position_ids[0], 0).amax(1)
+    true_places = (batch.position_ids[1:] - start[:, None]).permute(1, 2, 0)[batch.is_image].float()
+    assert (true_places.amax(0) > 3).all() and (true_places >= 0).all()
+    probe = {"own": lambda x: true_places, "box": lambda x: batch.boxes[named]}
+    hidden = [torch.zeros(*batch.input_ids.shape, 192)] * 4
+    assert place_loss(probe, batch, hidden).item() == 0
+    probe["box"] = lambda x: batch.boxes[named] + 0.5
+    assert place_loss(probe, batch, hidden).item() == pytest.approx(0.5)
+
+
 def _train_in_processes(folder: Path) -> None:
     from vrag_lib.scale_loop import Schedule, process_rank, train
 

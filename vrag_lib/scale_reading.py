@@ -7,6 +7,7 @@ how the language model first learns to read what a fixed tower sees.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,10 @@ ANSWER_TO_CELLS: tuple[Head, ...] = ((2, 0), (3, 0))
 while it is written, at that token and at the cells that hold the answer."""
 
 
+BOX_KINDS = ("region", "line")
+"""Kinds of questions that a box answers."""
+
+
 @dataclass(frozen=True)
 class Gaze(OnDevice):
     """Tokens (N,) `row`, `column` of a batch and the tokens `gold` (N, T) that each should look at."""
@@ -52,7 +57,8 @@ class Batch(OnDevice):
 
     input_ids, is_image (B, T); position_ids (3, B, T), Qwen's multimodal ones. The tokens to learn, answer by answer:
     `row` and `column` (N,) say where they stand, `answer` (N,) to which answer they belong; `kinds` says what kind of
-    question each answer answers. `gaze` says, head by head, which tokens should look where.
+    question each answer answers. `gaze` says, head by head, which tokens should look where; `boxes`
+    (N, 4) is the box that the answer of each token to learn names, in cells, NaN for other answers.
     """
 
     input_ids: torch.Tensor
@@ -64,6 +70,7 @@ class Batch(OnDevice):
     answer: torch.Tensor
     kinds: tuple[str, ...]
     gaze: dict[Head, Gaze]
+    boxes: torch.Tensor
 
     def to(self, device: Any) -> Batch:
         moved = super().to(device)
@@ -116,6 +123,7 @@ def make_batch(tokenizer: Any, samples: Sequence[Sample]) -> Batch:
     rows: list[list[int]] = []
     where: list[tuple[int, int, int]] = []
     kinds: list[str] = []
+    written: list[tuple[float, ...]] = []
     looks: list[tuple[Head, int, int, tuple[Box, ...] | int]] = []  # head, row, column, places or another column
     for row, sample in enumerate(samples):
         ids = opening_ids(tokenizer, sample.grid[0] * sample.grid[1])
@@ -134,6 +142,7 @@ def make_batch(tokenizer: Any, samples: Sequence[Sample]) -> Batch:
             said = tokenizer.encode(turn.answer + END, add_special_tokens=False)
             for i in range(len(said)):
                 where.append((row, len(ids) + i, len(kinds)))
+                written.append(_in_cells(turn.place) if turn.kind in BOX_KINDS else (math.nan,) * 4)
                 if turn.place is not None:
                     looks += [(head, row, len(ids) + i - 1, (turn.place,)) for head in ANSWER_TO_CELLS]
                 if named_at is not None:
@@ -170,7 +179,12 @@ def make_batch(tokenizer: Any, samples: Sequence[Sample]) -> Batch:
         *torch.tensor(where).reshape(-1, 3).unbind(1),
         tuple(kinds),
         gaze,
+        torch.tensor(written, dtype=torch.float32).reshape(-1, 4),
     )
+
+
+def _in_cells(box: Box) -> tuple[float, ...]:
+    return tuple(v / PATCH for v in box.as_tuple())
 
 
 def embed(model: Any, batch: Batch, train_tower: bool) -> torch.Tensor:
@@ -196,10 +210,35 @@ def naming_loss(model: Any, batch: Batch) -> tuple[torch.Tensor, Counts]:
     return sum(losses.values()), found
 
 
-def reading_loss(model: Any, batch: Batch, train_tower: bool, guidance: float = 0.0) -> tuple[torch.Tensor, Counts]:
+def place_probe(width: int) -> Any:
+    """Reads places, in cells, off the residual stream: an image token's own, and the box that an answer names."""
+    import torch
+
+    return torch.nn.ModuleDict({"own": torch.nn.Linear(width, 2), "box": torch.nn.Linear(width, 4)})
+
+
+def place_loss(probe: Any, batch: Batch, hidden_states: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Mean absolute error, in cells, of what `place_probe` reads: rows and columns of image tokens behind the first
+    layer, boxes of answers while they are written behind the third. What can be read there can be written down."""
+    from torch.nn import functional as F
+
+    start = batch.position_ids[0][batch.is_image]
+    own = batch.position_ids[1:, batch.is_image].T - start[:, None]  # (cells, 2): row, column
+    seen = F.layer_norm(hidden_states[1][batch.is_image], hidden_states[1].shape[-1:])
+    loss = (probe["own"](seen) - own).abs().mean()
+    named = batch.boxes.isfinite().all(1)
+    if named.any():
+        written = hidden_states[3][batch.row[named], batch.column[named] - 1]
+        loss = loss + (probe["box"](F.layer_norm(written, written.shape[-1:])) - batch.boxes[named]).abs().mean()
+    return loss
+
+
+def reading_loss(
+    model: Any, batch: Batch, train_tower: bool, guidance: float = 0.0, probe: Any = None
+) -> tuple[torch.Tensor, Counts]:
     """Mean cross-entropy of the answers' tokens, and per kind of question how many answers are right throughout when
     each token is predicted from the true ones before it, which is when greedy decoding would write the same answer.
-    `guidance` is the weight of the `gaze_losses` beside it."""
+    `guidance` is the weight of the `gaze_losses` beside it and, with `probe`, of `place_loss`."""
     import torch
     from torch.nn import functional as F
 
@@ -218,6 +257,10 @@ def reading_loss(model: Any, batch: Batch, train_tower: bool, guidance: float = 
         hits = ((wrong == 0) & member).sum(1)
     counts = {name: (hits[i], float(batch.kinds.count(name))) for i, name in enumerate(names)}
     loss = F.cross_entropy(logits, target)
+    if probe is not None:
+        places = place_loss(probe, batch, out.hidden_states)
+        counts["place_loss"] = (places.detach(), 1.0)
+        loss = loss + guidance * places
     if guidance:
         gaze = gaze_losses(model.model.language_model, batch, out.hidden_states)
         counts |= {f"gaze_{layer}.{head}": (value.detach(), 1.0) for (layer, head), value in gaze.items()}

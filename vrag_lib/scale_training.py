@@ -28,7 +28,7 @@ from vrag_lib.scale_characters import BINS, CHARACTERS, GRIDS, SLOTS, draw_chara
 from vrag_lib.scale_loop import Counts, Schedule, Tally, process_rank, train
 from vrag_lib.scale_optim import keep_freed_memory
 from vrag_lib.scale_policy import build_model, build_processor
-from vrag_lib.scale_reading import NAME_TO_CELLS, Batch, make_batch, naming_loss, reading_loss
+from vrag_lib.scale_reading import NAME_TO_CELLS, Batch, make_batch, naming_loss, place_probe, reading_loss
 from vrag_lib.scale_tasks import draw_samples
 from vrag_lib.scale_vision import Images, OnDevice, arrange, encode_images, patchify
 from vrag_lib.torch_setup import ensure_torchvision
@@ -223,7 +223,8 @@ def reading_stage(
     workers: int,
 ) -> None:
     """Stages 3 and 4, `reading` and `joint`: titles, text, places and values on MiniDocs training pages. In the first
-    of them the tower stays as it is; in the second everything is trained, and naming characters goes on beside it."""
+    of them the tower stays as it is; in the second everything is trained, and naming characters goes on beside it.
+    Each stage has a probe of its own that reads places off the language model, and makes it keep them."""
     import torch
 
     config = MiniDocsConfig()
@@ -233,6 +234,9 @@ def reading_stage(
         for i in range(HELD_OUT_BATCHES)
     ]
     model.model.visual.requires_grad_(joint)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        probe = place_probe(model.config.text_config.hidden_size).to(device)
 
     def batch_of_step(number: int) -> tuple[list[Batch], Batch, Characters | None]:
         rng = random.Random(f"{seed}/{name}/{number}")
@@ -249,7 +253,7 @@ def reading_stage(
         losses, tally = [], Tally()
         with recipe.autocast(device):
             for part in parts:
-                loss, counts = reading_loss(model, part.to(device), joint, GUIDANCE)
+                loss, counts = reading_loss(model, part.to(device), joint, GUIDANCE, probe)
                 losses.append(loss / len(parts))
                 tally.add(counts)
             loss, counts = naming_loss(model, words.to(device))
@@ -269,7 +273,7 @@ def reading_stage(
                 tally.add({**counts, "loss": (loss, 1.0)})
         return {f"validation {kind}": rate for kind, rate in sorted(tally.rates().items())}
 
-    modules = {"model": model, "head": head} if joint else {"model": model}
+    modules = {"model": model, "probe": probe} | ({"head": head} if joint else {})
     train(name, modules, batch_of_step, loss_of_batch, schedule, folder, curve, evaluate, 200, workers)
 
 
