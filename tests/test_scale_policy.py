@@ -238,18 +238,25 @@ def test_places_can_be_read_off_where_they_stand(built, samples):
 def _train_in_processes(folder: Path) -> None:
     from vrag_lib.scale_loop import Schedule, process_rank, train
 
-    layer = torch.nn.Linear(3, 1)
-    torch.nn.init.constant_(layer.weight, 0.5)
-    torch.nn.init.zeros_(layer.bias)
+    layer, seldom = torch.nn.Linear(3, 1), torch.nn.Linear(3, 1)
+    for module in (layer, seldom):
+        torch.nn.init.constant_(module.weight, 0.5)
+        torch.nn.init.zeros_(module.bias)
     data = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
+    data[:, 0] = torch.tensor([1.0, -1.0]).repeat(4)
     world = process_rank()[1]
 
     def batch_of_step(number: int):
         return data[number : number + 1] if world > 1 else data[2 * number : 2 * number + 2]
 
+    def loss_of_batch(x):
+        chosen = x[x[:, 0] > 0]  # none in the second process: what one leaves out another may need
+        loss = layer(x).square().mean()
+        return (loss + seldom(chosen).square().sum() / len(x) if len(chosen) else loss), {}
+
     schedule = Schedule(steps=4, muon=0, adamw=1e-2, warmup=1, log_every=1, save_every=4)
-    modules = {"layer": layer}
-    train("run", modules, batch_of_step, lambda x: (layer(x).square().mean(), {}), schedule, folder, folder / "c.csv")
+    modules = {"layer": layer, "seldom": seldom}
+    train("run", modules, batch_of_step, loss_of_batch, schedule, folder, folder / "c.csv")
 
 
 def test_two_processes_train_as_one_with_steps_twice_as_wide(tmp_path):
@@ -260,7 +267,8 @@ def test_two_processes_train_as_one_with_steps_twice_as_wide(tmp_path):
     in_processes(1, _train_in_processes, tmp_path / "one")
     in_processes(2, _train_in_processes, tmp_path / "two")
     one, two = (load_file(tmp_path / name / "run" / "checkpoint.safetensors") for name in ("one", "two"))
-    assert torch.allclose(one["weights/layer/weight"], two["weights/layer/weight"], atol=1e-6)
+    for name in ("weights/layer/weight", "weights/seldom/weight"):
+        assert torch.allclose(one[name], two[name], atol=1e-6) and not torch.all(one[name] == 0.5)
     assert len((tmp_path / "two" / "c.csv").read_text().splitlines()) == 5
 
 

@@ -200,7 +200,7 @@ def train(
         loss, counts = loss_of_batch(batch)
         loss.backward()
         if world > 1:
-            _average([p.grad for _, p in named if p.grad is not None])
+            _average([p for _, p in named])
         torch.nn.utils.clip_grad_norm_([p for _, p in named], 1.0)
         for optimizer in optimizers:
             optimizer.step()
@@ -268,16 +268,16 @@ def _process(
         dist.destroy_process_group()
 
 
-def _average(gradients: list[torch.Tensor]) -> None:
-    """Replace gradients by their mean over processes, in one message."""
+def _average(parameters: list[torch.nn.Parameter]) -> None:
+    """Replace gradients by their mean over processes, in one message; one that a process lacks counts as zero."""
     import torch
     import torch.distributed as dist
 
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
-    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(mean.view_as(gradient))
+    for parameter, mean in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = mean.view_as(parameter)
 
 
 def _save(folder: Path, modules: Mapping[str, Any], optimizers: list[Any], step: int, seconds: float) -> None:
