@@ -236,6 +236,14 @@ def process_rank() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def wait_for_all() -> None:
+    """Go on when every process of `in_processes` has come here."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def in_processes(count: int, function: Callable[..., None], *arguments: Any) -> None:
     """Call `function` with `arguments` in `count` processes that train together on the processor, each with as many
     threads as this one; with 1, here. The function must be importable by name and its arguments pickle."""
@@ -263,7 +271,7 @@ def _process(
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=count)
     try:
         function(*arguments)
-        dist.barrier()
+        wait_for_all()
     finally:
         dist.destroy_process_group()
 
