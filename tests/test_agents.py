@@ -211,7 +211,9 @@ def test_the_policy_without_a_model_answers_from_the_given_page_that_fits():
 
 
 def test_an_unknown_agent_is_refused_with_the_names():
-    with pytest.raises(ConfigError, match="no agent 'vanilla'; agents are no_retrieval, vanilla_rag_1, .*gold_regions"):
+    with pytest.raises(
+        ConfigError, match=r"no agent 'vanilla'; agents are no_retrieval, vanilla_rag_1, .*gold_regions"
+    ):
         find_agent("vanilla")
     with pytest.raises(ConfigError, match="no agent 'x'"):
         agent_environment("x", CONFIG)
@@ -220,7 +222,7 @@ def test_an_unknown_agent_is_refused_with_the_names():
 def test_a_setting_that_contradicts_the_agent_is_refused_and_others_are_kept():
     config = load_config("laptop", ["environment.max_turns=3", "environment.allow_crop=false"])
     assert agent_environment("react", config).max_turns == 3
-    with pytest.raises(ConfigError, match="environment.allow_crop=False contradicts the agent 'vrag_rl'"):
+    with pytest.raises(ConfigError, match=r"environment\.allow_crop=False contradicts the agent 'vrag_rl'"):
         agent_environment("vrag_rl", config)
     for name in AGENTS:  # the config of an agent's run folder can be evaluated again
         again = dataclasses.replace(CONFIG, environment=agent_environment(name, CONFIG))
