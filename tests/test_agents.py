@@ -67,6 +67,10 @@ def test_the_registry_holds_the_rows_of_the_table_and_the_bounds():
     loops = ["react", "react_text", "search_r1", "search_r1_text", "vrag_rl"]
     assert list(AGENTS) == ["no_retrieval", *vanilla, *loops, "gold_pages", "gold_pages_crop", "gold_regions"]
     assert all(AGENTS[name].name == name for name in AGENTS)
+    assert [name for name, agent in AGENTS.items() if agent.allow_search] == loops
+    assert [name for name, agent in AGENTS.items() if agent.allow_crop] == ["vrag_rl", "gold_pages_crop"]
+    assert [name for name, agent in AGENTS.items() if agent.observation == "text"] == [n for n in AGENTS if "text" in n]
+    assert [AGENTS[name].given_pages for name in vanilla] == [1, 3, 5, 10] * 2
     for kind in ("", "_text"):  # only training tells these two apart
         react, search_r1 = AGENTS[f"react{kind}"], AGENTS[f"search_r1{kind}"]
         assert react.settings() == search_r1.settings() and react.allow_search and not react.allow_crop
