@@ -16,6 +16,7 @@ class FakePage:
     def __init__(self, page_id: str, size: Size):
         self.id = page_id
         self.size = size
+        self.text = f"text of {page_id}"
 
     def open_image(self) -> Image.Image:
         x = Image.linear_gradient("L").rotate(90).resize((self.size.width, self.size.height))

@@ -24,6 +24,7 @@ from vrag_lib.actions import (
     invalid_message,
     parse_reply,
     question_prompt,
+    quote_page,
 )
 from vrag_lib.geometry import Box
 
@@ -108,6 +109,30 @@ def test_messages_to_the_model_hold_no_action():
 def test_the_crop_sentence_of_the_prompt_can_be_left_out():
     assert "bbox" in question_prompt("q") and "bbox" not in question_prompt("q", crop=False)
     assert question_prompt("why?").endswith("Question: why?")
+
+
+def test_prompts_without_search_speak_of_what_there_is():
+    prompts = {n: question_prompt("why?", crop=False, search=False, given=n) for n in (None, 0, 2)}
+    assert "what you know" in prompts[None] and "No reference" in prompts[0] and "references above" in prompts[2]
+    assert all("<search>" not in text and "budget" not in text for text in prompts.values())
+    assert all("<think>" in text and text.endswith("\nQuestion: why?") for text in prompts.values())
+    assert "image" not in question_prompt("why?", crop=False, search=False, given=2, text=True)
+    assert "image" not in question_prompt("why?", crop=False, text=True)
+
+
+def test_messages_name_the_allowed_actions_only():
+    said = invalid_message(InvalidReason.NO_ACTION, (ActionKind.SEARCH, ActionKind.ANSWER))
+    assert "search or answer" in said and "bbox" not in said
+    assert "action: answer, in" in invalid_message(InvalidReason.NO_ACTION, (ActionKind.ANSWER,))
+
+
+@given(st.lists(st.sampled_from(["<", "</", "search>", "answer>", "<|image_pad|>", "a", "\n", "\u2028", "Question: "])))
+def test_a_quoted_page_holds_no_tag_and_no_line_of_its_own(parts):
+    quoted = quote_page("".join(parts), 50)
+    assert isinstance(parse_reply(quoted), Invalid)
+    assert not any(text in quoted for text in (*IMAGE_TOKENS, *STOP_STRINGS))
+    first, *lines = quoted.splitlines()
+    assert first == "A page:" and lines and all(line.startswith("> ") for line in lines)
 
 
 @given(st.lists(st.floats(-1e4, 1e4), min_size=4, max_size=4))

@@ -52,6 +52,8 @@ def test_settings_may_stand_anywhere_after_the_command(capsys):
         (["ask", "missing-folder", "why?"], "missing-folder"),
         (["ask", "missing-folder", "why?", "--policy", "oracle"], "missing-folder"),
         (["view", "missing.parquet", "missing-folder"], "missing.parquet"),
+        (["evaluate", "--agent", "rag"], "no agent 'rag'; agents are no_retrieval, vanilla_rag_1"),
+        (["evaluate", "--agent", "react", "environment.given_pages=2"], "contradicts the agent 'react'"),
     ],
 )
 def test_wrong_input_ends_with_one_line_that_names_it(arguments, message, capsys):

@@ -9,7 +9,8 @@ import pytest
 from helpers import FailingRetriever, FakeCorpus, FakeRetriever
 
 from vrag_lib.actions import LAST_TURN, NO_NEW_PAGE, ActionKind, Invalid, InvalidReason, parse_reply
-from vrag_lib.config import EnvironmentConfig
+from vrag_lib.config import ConfigError, EnvironmentConfig
+from vrag_lib.corpus import Question
 from vrag_lib.environment import Environment
 from vrag_lib.geometry import Box, Size
 from vrag_lib.retrieval import RetrievalIndexError
@@ -139,6 +140,49 @@ def test_actions_can_be_switched_off():
     environment.reset("q")
     assert environment.search_query("<search>1</search>") is None
     assert environment.step("<search>1</search>").invalid is InvalidReason.NOT_ALLOWED
+
+
+def test_given_pages_count_as_shown_and_are_forgotten_by_a_reset():
+    environment = make(max_turns=9, given="gold_pages")
+    pages = environment.given(Question("q", "q", "", "doc.pdf", (3, 2)))
+    first = environment.reset("q", pages)
+    assert [image.page_id for image in first.images] == ["doc_3", "doc_2"] and not any(i.is_crop for i in first.images)
+    assert environment.step("<bbox>[0, 0, 100, 100]</bbox>").images[0].page_id == "doc_2"
+    assert environment.step("<search>3 3 2</search>").images[0].page_id == "doc_1"
+    assert environment.reset("q").images == ()
+    assert environment.step("<bbox>[0, 0, 100, 100]</bbox>").invalid is InvalidReason.NO_IMAGE
+    assert environment.step("<search>3</search>").images[0].page_id == "doc_3"
+
+
+def test_the_budget_is_announced_below_given_pages_too():
+    environment = make(max_turns=1, given="retrieved", given_pages=2, allow_search=False, allow_crop=False)
+    first = environment.reset("q", environment.given(Question("q", "4 4 1", "")))
+    assert [image.page_id for image in first.images] == ["doc_4", "doc_1"] and first.text.endswith(LAST_TURN)
+
+
+def test_pages_are_shown_as_text_with_the_end_of_the_budget():
+    environment = make(max_turns=2, observation="text", allow_crop=False)
+    environment.reset("q")
+    seen = environment.step("<search>2</search>")
+    assert (seen.images, seen.text_pages) == ((), ("doc_2",))
+    assert seen.text == f"A page:\n> text of doc_2\n{LAST_TURN}"
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"given": "all"}, "given is one of none, retrieved"),
+        ({"observation": "ocr"}, "observation is one of image, text, not 'ocr'"),
+        ({"given": "retrieved"}, "at least one page"),
+        ({"given_pages": 3}, "given=none and environment.given_pages=3"),
+        ({"observation": "text"}, "allow_crop=false"),
+        ({"observation": "text", "allow_crop": False, "given": "gold_regions"}, "no gold_regions"),
+        ({"page_chars": 0}, "page_chars is at least 1"),
+    ],
+)
+def test_settings_that_exclude_each_other_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        make(**settings)
 
 
 def test_crop_padding_is_one_constant_from_the_config():

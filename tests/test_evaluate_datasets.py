@@ -55,6 +55,21 @@ def test_datasets_are_merged_into_one_corpus_with_their_own_metrics(config, tmp_
     assert list(pd.read_csv(tmp_path / "out" / "summary.csv")["by"][:3]) == ["all", "dataset", "dataset"]
 
 
+def test_agents_are_evaluated_side_by_side(config):
+    frames = {
+        agent: evaluate_datasets({"minidocs": None}, config, agent=agent, limit=4)
+        for agent in ("no_retrieval", "vanilla_rag_3_text", "gold_regions")
+    }
+    assert len({tuple(frame["uid"]) for frame in frames.values()}) == 1
+    assert list(frames["vanilla_rag_3_text"]["pages"]) == [3] * 4 and not frames["no_retrieval"]["pages"].any()
+    assert frames["gold_regions"]["crop_iou"].min() > 0.9
+    assert all(frame["answered"].all() and not frame["invalid"].any() for frame in frames.values())
+    folder = config.folder("evaluate_minidocs_vanilla_rag_3_text")
+    assert read_config(folder).environment.given_pages == 3
+    settings = json.loads((folder / "provenance.json").read_text())["settings"]
+    assert (settings["agent"], settings["environment"]["observation"]) == ("vanilla_rag_3_text", "text")
+
+
 def test_wrong_names_and_missing_folders_are_named(config):
     with pytest.raises(ValueError, match="no dataset 'docvqa'; datasets are slidevqa, mmlongbench_doc, vidoseek"):
         open_datasets({"docvqa": "x"}, config)
@@ -62,5 +77,7 @@ def test_wrong_names_and_missing_folders_are_named(config):
         open_datasets({"vidoseek": None}, config)
     with pytest.raises(ValueError, match="no question to ask in no dataset"):
         open_datasets({}, config)
+    with pytest.raises(ValueError, match="no agent 'rag'; agents are no_retrieval, "):
+        evaluate_datasets({"minidocs": None}, config, agent="rag")
     with pytest.raises(ValueError, match="limit must be at least 1"):
         evaluate_datasets({"minidocs": None}, config, limit=0)

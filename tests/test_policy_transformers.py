@@ -19,7 +19,7 @@ from vrag_lib.geometry import Box, Size, View
 from vrag_lib.policy import Policy
 from vrag_lib.policy_transformers import CheckpointError, TransformersPolicy, sampling_logprobs
 from vrag_lib.retrieval import Hit
-from vrag_lib.rollout import rollout
+from vrag_lib.rollout import rollout, turn_seed
 from vrag_lib.scale_model import build_tiny_qwen2_5_vl
 from vrag_lib.trajectory import ImageRef, StopReason, Turn
 
@@ -423,6 +423,31 @@ def test_a_rollout_records_exactly_what_was_sampled(build, corpus, monkeypatch):
     truth = logits.log_softmax(-1).gather(-1, torch.tensor(tokens.token_ids[1:])[:, None])[:, 0]
     sampled = torch.tensor(tokens.sampled[1:])
     assert (truth - torch.tensor(tokens.logprobs[1:]))[sampled].abs().max() < 1e-4
+
+
+def test_a_first_turn_may_hold_several_images_or_none(build, corpus):
+    """Rollouts of both kinds score as the policy said, and share a batch."""
+    policy = build()
+    settings = {"max_turns": 2, "min_pixels": PIXELS[0], "max_pixels": PIXELS[1], "allow_search": False}
+    several = EnvironmentConfig(**settings, given="retrieved", given_pages=3)
+    none = EnvironmentConfig(**settings)
+    records = [
+        rollout(policy, [Question("q", "why?", "7")], corpus, AllPages(), c, seeds=[0])[0] for c in (several, none)
+    ]
+    assert [len(record.turns[0].images) for record in records] == [3, 0]
+    pad = policy.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    for record in records:
+        tokens = record.tokens()
+        assert policy.encode(record.turns).token_ids == tokens.token_ids
+        assert tokens.token_ids.count(pad) == sum(image.view.shown.tokens for image in record.images)
+        with torch.no_grad():
+            logits = policy.model(**policy.model_inputs([policy.encode(record.turns)])).logits[0, :-1].float()
+        logits[:, list(policy.suppressed_token_ids)] = -torch.inf
+        truth = logits.log_softmax(-1).gather(-1, torch.tensor(tokens.token_ids[1:])[:, None])[:, 0]
+        sampled = torch.tensor(tokens.sampled[1:])
+        assert (truth - torch.tensor(tokens.logprobs[1:]))[sampled].abs().max() < 1e-4
+    together = policy.generate([record.turns[:1] for record in records], seeds=[turn_seed(0, 0)] * 2)
+    assert [reply.token_ids for reply in together] == [record.turns[1].token_ids for record in records]
 
 
 def test_random_rollouts_keep_their_tokens(build, corpus):

@@ -91,6 +91,34 @@ def test_seeds_belong_to_trajectory_and_turn_not_to_the_batch():
     assert trajectory_id("q", 1, "r") != trajectory_id("q", 2, "r") == trajectory_id("q", 2, "r")
 
 
+def test_given_pages_stand_in_the_first_turn_of_the_record():
+    config = EnvironmentConfig(given="retrieved", given_pages=2, allow_search=False, allow_crop=False)
+    retriever = FakeRetriever(CORPUS.page_ids)
+    record = run(TokenPolicy(["<answer>7</answer>"]), [Question("q", "3 3 1", "7")], retriever, config=config)[0]
+    first = record.turns[0]
+    assert [image.page_id for image in first.images] == ["doc_3", "doc_1"] == list(record.shown_pages)
+    assert first.token_ids.count(0) == 2 and sum(record.tokens().sampled) == len("<answer>7</answer>")
+    assert retriever.calls == [["3 3 1"]] and record.timings["retrieve"] > 0
+
+
+def test_text_pages_survive_the_tokens_of_their_turn():
+    config = EnvironmentConfig(observation="text", allow_crop=False)
+    record = run(TokenPolicy(["<search>2</search>", "<answer>7</answer>"]), QUESTIONS[:1], config=config)[0]
+    assert record.shown_pages == record.turns[2].text_pages == ("doc_2",) and record.turns[2].token_ids
+    assert "".join(map(chr, record.turns[2].token_ids)) == record.turns[2].text == "A page:\n> text of doc_2"
+
+
+def test_nothing_is_generated_when_no_trajectory_could_open():
+    class Unasked(ScriptedPolicy):
+        def generate(self, conversations, *, seeds=None):
+            raise AssertionError("asked for nothing")
+
+    config = EnvironmentConfig(given="retrieved", given_pages=2)
+    records = run(Unasked([]), retriever=FailingRetriever(CORPUS.page_ids), config=config, batch_size=2)
+    assert [t.stop_reason for t in records] == [StopReason.ERROR] * 5
+    assert all("the search server is away" in t.error and len(t.turns) == 1 for t in records)
+
+
 def test_one_failed_conversation_leaves_the_others():
     class Flaky(ScriptedPolicy):
         def generate(self, conversations, *, seeds=None):

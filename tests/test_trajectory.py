@@ -96,6 +96,15 @@ def test_what_is_derived_comes_from_the_structure():
     assert len(record.replies) == 4
 
 
+def test_pages_shown_as_text_count_as_shown_and_older_records_have_none():
+    turns = (Turn("user", "q", images=(ImageRef("doc_2", VIEW),)), Turn("user", "page", text_pages=("doc_3", "doc_1")))
+    row = to_row(example(turns=turns))
+    assert from_row(row).shown_pages == ("doc_2", "doc_3", "doc_1")
+    for turn in row["turns"]:
+        del turn["text_pages"]
+    assert from_row(row).shown_pages == ("doc_2",)
+
+
 def test_a_trajectory_that_did_not_answer_has_no_answer_whatever_its_text_says():
     """Trap T3: an answer tag in an observation is not an answer."""
     record = example(

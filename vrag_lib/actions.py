@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -80,6 +81,7 @@ MAX_QUERY_CHARS = 2000
 
 _CLOSING = re.compile(r"</(search|bbox|answer)>")
 _ANY_TAG = re.compile(r"</?(?:think|search|bbox|answer)>")
+_FORBIDDEN = re.compile("|".join([_ANY_TAG.pattern, *map(re.escape, IMAGE_TOKENS)]))
 _MAX_BOX_CHARS = 400
 
 
@@ -166,23 +168,66 @@ def format_box(box: Box) -> str:
     return "[" + ", ".join(str(round(v)) for v in box.as_tuple()) + "]"
 
 
-_PROMPT_HEAD = (
-    "Answer the question below from a collection of page images. Whenever you receive new information, first reason "
+def without_tags(text: str) -> str:
+    """Text of a document with a space for every tag and image placeholder.
+
+    >>> without_tags("a</search>b <|image_pad|>")
+    'a b  '
+    """
+    return _FORBIDDEN.sub(" ", text)
+
+
+def quote_page(text: str, most_chars: int) -> str:
+    """The text of a page as an observation: at most `most_chars` characters of it, without tags, each line behind a
+    mark so that no line of a document can pass for one of the prompt's.
+
+    >>> quote_page("Total: 7\\nQuestion: <answer>8</answer>", 99)
+    'A page:\\n> Total: 7\\n> Question:  8 '
+    """
+    lines = without_tags(text[:most_chars]).splitlines() or ["(no text)"]
+    return "\n> ".join(["A page:", *lines])
+
+
+_PROMPT_SEARCH = (
+    "Answer the question below from a collection of {pages}. Whenever you receive new information, first reason "
     "inside <think> and </think>. If you lack knowledge, call the search engine with <search> query </search>; it "
-    "returns one page image that you have not seen yet. "
+    "returns {page} that you have not seen yet. "
 )
+_PROMPT_GIVEN = (
+    "Answer the question below from the references above it: {pages}. First reason inside <think> and </think>. "
+)
+_PROMPT_NOTHING_GIVEN = "No reference was found for the question below. First reason inside <think> and </think>. "
+_PROMPT_ALONE = "Answer the question below from what you know. First reason inside <think> and </think>. "
 _PROMPT_CROP = (
     "To see a part of the last image enlarged, give its box in that image's pixels as <bbox>[x1, y1, x2, y2]</bbox>. "
 )
-_PROMPT_TAIL = (
-    "You may act as often as your budget allows, one action per message. When you need nothing more, give the answer "
-    "inside <answer> and </answer>, as short as possible, for example <answer> Beijing </answer>."
+_PROMPT_ACTING = "You may act as often as your budget allows, one action per message. When you need nothing more, give "
+_PROMPT_AT_ONCE = "Then give "
+_PROMPT_ANSWER = (
+    "the answer inside <answer> and </answer>, as short as possible, for example <answer> Beijing </answer>."
 )
 
 
-def question_prompt(question: str, crop: bool = True) -> str:
-    """The user message that opens a trajectory (after paper Fig. 9; without the crop sentence, Fig. 10)."""
-    return _PROMPT_HEAD + (_PROMPT_CROP if crop else "") + _PROMPT_TAIL + f"\nQuestion: {question}"
+def question_prompt(
+    question: str, crop: bool = True, *, search: bool = True, given: int | None = None, text: bool = False
+) -> str:
+    """The user message that opens a trajectory: it offers the allowed actions and no other.
+
+    With search it follows paper Fig. 9, without the crop sentence Fig. 10. Without search it follows Fig. 11 where
+    `given` references stand above the question, and asks for what the model knows where `given` is None.
+    text: pages are shown as text, not as images.
+    """
+    if search:
+        pages, page = ("pages", "the text of one page") if text else ("page images", "one page image")
+        head = _PROMPT_SEARCH.format(pages=pages, page=page)
+    elif given is None:
+        head = _PROMPT_ALONE
+    elif given:
+        head = _PROMPT_GIVEN.format(pages="the text of pages" if text else "images of pages or of parts of pages")
+    else:
+        head = _PROMPT_NOTHING_GIVEN
+    tail = (_PROMPT_ACTING if search or crop else _PROMPT_AT_ONCE) + _PROMPT_ANSWER
+    return head + (_PROMPT_CROP if crop else "") + tail + f"\nQuestion: {question}"
 
 
 _INVALID_TEXT = {
@@ -200,11 +245,14 @@ _INVALID_TEXT = {
 }
 
 
-def invalid_message(reason: InvalidReason) -> str:
-    """What the environment says to an invalid reply. Names no tag in full, so it can never be parsed as an action."""
+def invalid_message(reason: InvalidReason, allowed: Sequence[ActionKind] = tuple(ActionKind)) -> str:
+    """What the environment says to an invalid reply, the answer being the last of the `allowed` actions. Names no tag
+    in full, so it can never be parsed as an action."""
+    *others, answer = (kind.value for kind in allowed)
+    actions = f"{', '.join(others)} or {answer}" if others else answer
     return (
         f"Your last message could not be carried out: {_INVALID_TEXT[reason]} "
-        "Reason first, then use exactly one action: search, bbox or answer, in its tags."
+        f"Reason first, then use exactly one action: {actions}, in its tags."
     )
 
 

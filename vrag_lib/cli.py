@@ -35,6 +35,8 @@ def build_parser() -> argparse.ArgumentParser:
         _scale_model,
         _synthesize,
         _sft,
+        _grpo,
+        _evaluate,
         _config,
         _reproduce,
     ):
@@ -326,8 +328,9 @@ def _evaluate(commands) -> None:
         config = _read(arguments, named, experiment=arguments.dataset == "minidocs")
         where = {arguments.dataset: arguments.path}
         frame = evaluate_datasets(
-            where, config, arguments.out, split=arguments.split, limit=arguments.limit, seeds=arguments.seeds
-        )
+            where, config, arguments.out, agent=arguments.agent, split=arguments.split, limit=arguments.limit,
+            seeds=arguments.seeds,
+        )  # fmt: skip
         print(summary_table(frame).round(3).to_string(index=False))
 
     parser = _command(
@@ -337,6 +340,8 @@ def _evaluate(commands) -> None:
     parser.add_argument("--dataset", default="minidocs", help=f"{datasets} (default: %(default)s)")
     parser.add_argument("--path", help="folder of the dataset; not needed for minidocs")
     parser.add_argument("--split", default="test", help="minidocs: train, validation or test (default: %(default)s)")
+    agents = "what the policy may do and is shown: vrag_rl, react, vanilla_rag_5, ... (default: %(default)s)"
+    parser.add_argument("--agent", default="vrag_rl", help=agents)
     parser.add_argument("--policy", help="extractive, transformers or openai (default: the preset's)")
     parser.add_argument("--model", help="the policy's model: path, hub id or the endpoint's name for it")
     parser.add_argument("--limit", type=int, help="ask only the first so many questions")

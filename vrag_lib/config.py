@@ -69,6 +69,31 @@ class EnvironmentConfig:
     max_pixels: int = _doc(512 * 28 * 28, "largest area of a shown image, pixels (512 vision tokens)")
     crop_padding: float = _doc(0.0, "margin added round every crop box, shown pixels (released training: 0)")
     search_depth: int = _doc(10, "ranked pages asked of the retriever for each search")
+    given: str = _doc("none", "shown with the question: none, retrieved (by the question), gold_pages, gold_regions")
+    given_pages: int = _doc(0, "given=retrieved: pages shown with the question, the best first")
+    observation: str = _doc("image", "what a page is shown as: image, or text (its text layer or OCR; no crop then)")
+    page_chars: int = _doc(2048, "observation=text: longest text of one page, characters (about 512 tokens)")
+
+    def validate(self) -> None:
+        """Raises ConfigError, naming the setting, for an unknown value or settings that exclude each other."""
+        for name, allowed in (
+            ("given", ("none", "retrieved", "gold_pages", "gold_regions")),
+            ("observation", ("image", "text")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"environment.{name} is one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+        if (self.given == "retrieved") != (self.given_pages > 0):
+            raise ConfigError(
+                f"environment.given={self.given} and environment.given_pages={self.given_pages} exclude each other: "
+                "given=retrieved needs at least one page, anything else 0"
+            )
+        if self.observation == "text" and (self.allow_crop or self.given == "gold_regions"):
+            raise ConfigError(
+                "environment.observation=text leaves nothing to crop: set environment.allow_crop=false and give no "
+                "gold_regions"
+            )
+        if self.page_chars < 1:
+            raise ConfigError(f"environment.page_chars is at least 1, not {self.page_chars}")
 
 
 @dataclass(frozen=True)

@@ -120,6 +120,22 @@ class Question:
         """Page ids of the reference pages."""
         return tuple(f"{document_stem(self.file_name)}_{number}" for number in self.reference_pages)
 
+    @property
+    def gold_regions(self) -> tuple[tuple[str, Box], ...]:
+        """Page id and box, in raw page pixels, of each of the `regions` of `extra`; empty where none are known.
+
+        Raises ValueError for regions of another form.
+        """
+        try:
+            return tuple(
+                (f"{document_stem(self.file_name)}_{region['page']}", Box(*region["region_box"]))
+                for region in self.extra.get("regions") or ()
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"regions of question {self.uid!r} need a page and a region_box of four numbers each: {error!r}"
+            ) from error
+
 
 class Corpus:
     """Documents and their pages, sorted by document id, then page number; immutable.

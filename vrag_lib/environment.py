@@ -1,8 +1,12 @@
 """The environment: `reset(question)` opens a trajectory, `step(reply)` answers one reply. No model is inside.
 
+    environment = Environment(corpus, retriever, config)
+    first = environment.reset(question.query, environment.given(question))
+
 Deviations from the released code: one action per reply (trap T5); a crop is cut from the raw page through the view it
 was named on, so nested crops are right (T6); a search without a new page says so (T9); the last permitted reply is
-announced, in training and demo alike (T23); a retriever that fails ends this trajectory only (T22).
+announced, in training and demo alike (T23); a retriever that fails ends this trajectory only (T22). Pages may be given
+with the question and shown as text, so that the paper's baselines (`agents`) live in this one environment.
 """
 
 from __future__ import annotations
@@ -20,21 +24,23 @@ from vrag_lib.actions import (
     invalid_message,
     parse_reply,
     question_prompt,
+    quote_page,
 )
 from vrag_lib.config import EnvironmentConfig
-from vrag_lib.corpus import Corpus
-from vrag_lib.geometry import BoxError, View
+from vrag_lib.corpus import Corpus, Question
+from vrag_lib.geometry import BoxError, View, view_of_raw_box
 from vrag_lib.retrieval import Hit, RetrievalIndexError, Retriever, best_unseen
 from vrag_lib.trajectory import ImageRef, StopReason
 
 
 @dataclass(frozen=True)
 class Observation:
-    """What a step gave back. `text` and `images` form the next user turn; when `done` both are empty and
-    `stop_reason` says why. `action` or `invalid` is what the reply was read as."""
+    """What a step gave back. `text` and `images` form the next user turn, `text_pages` are the pages whose text stands
+    in it; when `done` all are empty and `stop_reason` says why. `action` or `invalid` is what the reply was read as."""
 
     text: str = ""
     images: tuple[ImageRef, ...] = ()
+    text_pages: tuple[str, ...] = ()
     action: Action | None = None
     invalid: InvalidReason | None = None
     stop_reason: StopReason | None = None
@@ -48,7 +54,8 @@ class Observation:
 class Environment:
     """One trajectory at a time over one corpus. Thin state: what was shown, replies used, invalid streak.
 
-    Raises RetrievalIndexError when the retriever ranks pages that the corpus does not hold.
+    Raises RetrievalIndexError when the retriever ranks pages that the corpus does not hold, ConfigError as
+    `EnvironmentConfig.validate`.
     """
 
     def __init__(self, corpus: Corpus, retriever: Retriever, config: EnvironmentConfig | None = None):
@@ -61,6 +68,9 @@ class Environment:
         self.corpus = corpus
         self.retriever = retriever
         self.config = config or EnvironmentConfig()
+        self.config.validate()
+        allowed = {ActionKind.SEARCH: self.config.allow_search, ActionKind.CROP: self.config.allow_crop}
+        self._allowed = tuple(kind for kind in ActionKind if allowed.get(kind, True))
         self._start()
 
     def _start(self) -> None:
@@ -70,10 +80,44 @@ class Environment:
         self._streak = 0
         self._done = False
 
-    def reset(self, question: str) -> Observation:
-        """Forget everything and pose the question."""
+    def given(self, question: Question) -> tuple[ImageRef, ...]:
+        """What `config.given` shows with a question: the pages found with it as the query, the best first, and fewer
+        than `given_pages` where no more are found; or its gold pages or regions, in their order.
+
+        Raises ValueError for gold_regions of a question that has none, CorpusError for a gold page that the corpus
+        lacks, and whatever the retriever raises.
+        """
+        if self.config.given == "none":
+            return ()
+        if self.config.given == "gold_regions":
+            if not question.gold_regions:
+                raise ValueError(f"question {question.uid!r} has no gold regions")
+            return tuple(
+                ImageRef(
+                    page_id,
+                    view_of_raw_box(
+                        self.corpus.page(page_id).size, box, self.config.min_pixels, self.config.max_pixels
+                    ),
+                )
+                for page_id, box in question.gold_regions
+            )
+        if self.config.given == "gold_pages":
+            return tuple(map(self._whole_page, question.gold_page_ids))
+        hits = self.retriever.search([question.query], self.config.given_pages)[0]
+        return tuple(self._whole_page(hit.page_id) for hit in hits[: self.config.given_pages])
+
+    def reset(self, question: str, given: Sequence[ImageRef] = ()) -> Observation:
+        """Forget everything and pose the question, with the images of `given` above it (or the text of their pages).
+        Whole pages among them count as shown, and the last image is the one that a crop refers to."""
         self._start()
-        return self._observe(question_prompt(question, crop=self.config.allow_crop))
+        prompt = question_prompt(
+            question,
+            self.config.allow_crop,
+            search=self.config.allow_search,
+            given=None if self.config.given == "none" else len(given),
+            text=self.config.observation == "text",
+        )
+        return self._show(given, prompt)
 
     def search_query(self, reply: str) -> str | None:
         """The query this reply would search for, None if it would not search: lets a caller search for many
@@ -117,10 +161,7 @@ class Environment:
         hit = best_unseen(hits, self._seen)
         if hit is None:
             return self._observe(NO_NEW_PAGE, action=action)
-        self._seen.add(hit.page_id)
-        size = self.corpus.page(hit.page_id).size
-        view = View.of_page(size, self.config.min_pixels, self.config.max_pixels)
-        return self._observe("", ImageRef(hit.page_id, view), action)
+        return self._show([self._whole_page(hit.page_id)], action=action)
 
     def _crop(self, action: Action) -> Observation:
         if not self.config.allow_crop:
@@ -134,7 +175,11 @@ class Environment:
         except BoxError as error:
             return self._invalid(InvalidReason(error.reason))
         self._streak = 0
-        return self._observe("", ImageRef(self._last.page_id, view), action)
+        return self._show([ImageRef(self._last.page_id, view)], action=action)
+
+    def _whole_page(self, page_id: str) -> ImageRef:
+        size = self.corpus.page(page_id).size
+        return ImageRef(page_id, View.of_page(size, self.config.min_pixels, self.config.max_pixels))
 
     def _invalid(self, reason: InvalidReason) -> Observation:
         self._streak += 1
@@ -142,20 +187,29 @@ class Environment:
             return self._stop(StopReason.MAX_TURNS, invalid=reason)
         if self.config.max_invalid_streak and self._streak >= self.config.max_invalid_streak:
             return self._stop(StopReason.INVALID_STREAK, invalid=reason)
-        return self._observe(invalid_message(reason), invalid=reason)
+        return self._observe(invalid_message(reason, self._allowed), invalid=reason)
+
+    def _show(self, images: Sequence[ImageRef], text: str = "", action: Action | None = None) -> Observation:
+        """Show images above a text, or where pages are shown as text what stands on them."""
+        self._seen.update(image.page_id for image in images if not image.is_crop)
+        if self.config.observation == "image":
+            self._last = images[-1] if images else None
+            return self._observe(text, tuple(images), action=action)
+        pages = tuple(image.page_id for image in images)
+        quoted = [quote_page(self.corpus.page(page_id).text, self.config.page_chars) for page_id in pages]
+        return self._observe("\n\n".join([*quoted, text]).strip(), text_pages=pages, action=action)
 
     def _observe(
         self,
         text: str,
-        image: ImageRef | None = None,
+        images: tuple[ImageRef, ...] = (),
+        text_pages: tuple[str, ...] = (),
         action: Action | None = None,
         invalid: InvalidReason | None = None,
     ) -> Observation:
-        if image is not None:
-            self._last = image
         if self._is_last_reply():
             text = f"{text}\n{LAST_TURN}".strip()
-        return Observation(text, () if image is None else (image,), action, invalid)
+        return Observation(text, images, text_pages, action, invalid)
 
     def _stop(
         self,

@@ -29,8 +29,7 @@ from vrag_lib.actions import ActionKind, InvalidReason
 from vrag_lib.answer_metrics import METRICS, is_answerable, is_refusal
 from vrag_lib.config import EnvironmentConfig, provenance
 from vrag_lib.corpus import Corpus, Question
-from vrag_lib.document_files import document_stem
-from vrag_lib.geometry import Box, iou
+from vrag_lib.geometry import iou
 from vrag_lib.judge import Judge, rule_judge
 from vrag_lib.policy import Policy
 from vrag_lib.rendering import read_json, write_atomically
@@ -172,23 +171,16 @@ def _behaviour(trajectory: Trajectory, question: Question) -> dict[str, Any]:
 
 
 def crop_iou(trajectory: Trajectory, question: Question) -> float:
-    """Best IoU, in raw page pixels, of any crop with any of the question's gold regions (`regions` of `extra`, each
-    with its `page` and `region_box`); a crop of another page has 0. NaN without a crop or without regions.
+    """Best IoU, in raw page pixels, of any crop with any of the question's gold regions (`Question.gold_regions`); a
+    crop of another page has 0. NaN without a crop or without regions.
 
     Raises ValueError for regions of another form.
     """
     crops = [image for image in trajectory.images if image.is_crop]
-    try:
-        regions = [
-            (f"{document_stem(question.file_name)}_{region['page']}", Box(*region["region_box"]))
-            for region in question.extra.get("regions") or ()
-        ]
-    except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"regions of question {question.uid!r} need a page and a region_box of four numbers each: {error!r}"
-        ) from error
     overlaps = [
-        iou(crop.view.box, box) if crop.page_id == page_id else 0.0 for crop in crops for page_id, box in regions
+        iou(crop.view.box, box) if crop.page_id == page_id else 0.0
+        for crop in crops
+        for page_id, box in question.gold_regions
     ]
     return max(overlaps, default=math.nan)
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from vrag_lib.agents import Agent, agent_environment, find_agent, questions_for
 from vrag_lib.answer_metrics import OFFICIAL_METRICS
 from vrag_lib.config import Config, save_config
 from vrag_lib.corpus import Corpus, Question
@@ -79,6 +80,7 @@ def evaluate_datasets(
     config: Config,
     folder: str | Path | None = None,
     *,
+    agent: str | Agent = "vrag_rl",
     policy: Policy | None = None,
     retriever: Retriever | None = None,
     split: str = "test",
@@ -91,19 +93,25 @@ def evaluate_datasets(
 ) -> pd.DataFrame:
     """What `vrag evaluate` does: open, index, `run`, with the datasets' official metrics beside the default ones.
 
-    folder: default `results/<preset>/evaluate_<names>`. policy, retriever: default what the config names.
+    folder: default `results/<preset>/evaluate_<names>`, for another agent than `vrag_rl` with its name at the end.
+    agent: what the policy may do and is shown, one of `agents.AGENTS` by name or your own.
+    policy, retriever: default what the config names.
     limit: ask only so many questions, evenly spread over the set; the corpus stays whole.
 
-    Raises ValueError for a limit below 1, else as `open_datasets`, `factory` and `run` do.
+    Raises ValueError for a limit below 1, else as `agents`, `open_datasets`, `factory` and `run` do.
     """
+    agent = find_agent(agent) if isinstance(agent, str) else agent
+    config = replace(config, environment=agent_environment(agent, config))
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, not {limit}")
     corpus, questions = open_datasets(datasets, config, split, answerable_only)
+    questions = questions_for(agent, questions)
     if limit is not None:
         chosen = np.linspace(0, len(questions) - 1, min(limit, len(questions))).round().astype(int)
         questions = tuple(questions[i] for i in chosen)
     official = [name for dataset in datasets for name in OFFICIAL_METRICS[dataset]]
-    folder = Path(folder or config.folder(f"evaluate_{'_'.join(datasets)}"))
+    stage = "_".join(["evaluate", *datasets, *([] if agent.name == "vrag_rl" else [agent.name])])
+    folder = Path(folder or config.folder(stage))
     named = asdict(config.policy)
     depends = {key: named[key] for key in named if key not in ("batch_size", "device", "api_key_env")}
     frame = run(
@@ -119,7 +127,7 @@ def evaluate_datasets(
         judge=judge,
         metrics=tuple(dict.fromkeys((*DEFAULT_METRICS, *official, *metrics))),
         preset=config.preset,
-        settings={"datasets": list(datasets), "split": split, "policy_settings": depends},
+        settings={"agent": agent.name, "datasets": list(datasets), "split": split, "policy_settings": depends},
     )
     save_config(config, folder)
     return frame

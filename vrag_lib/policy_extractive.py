@@ -10,7 +10,7 @@ question has no answer. It is deterministic, and speaks through the same tags as
 It looks at the text of pages that were shown to it and at no others; of the rest of the corpus it knows only how
 common each word is, and which lines stand on most pages of a document. It answers from the page shown last, never
 from an earlier one, so that the last image of a trajectory is what its answer stands on: a page that it leaves for
-another search is given up for good.
+another search is given up for good. Of several pages shown together it takes the one that holds most of the question.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from vrag_lib.actions import IMAGE_TOKENS, LAST_TURN, Action, ActionKind, format_box, format_reply, parse_reply
+from vrag_lib.actions import LAST_TURN, Action, ActionKind, format_box, format_reply, parse_reply, without_tags
 from vrag_lib.extraction import Found, content_words, find_answer
 from vrag_lib.geometry import Box, View
 from vrag_lib.page_units import tokens
@@ -40,7 +40,6 @@ NO_TEXT = "no readable text was found on the pages shown"
 NOT_FOUND = "not found on the pages shown"
 
 _BULLETS = " ,;:•▪●◦*\uf0a7\uf0b7\uf0d8"
-_TAGS = re.compile(r"</?(?:think|search|bbox|answer)>|" + "|".join(re.escape(token) for token in IMAGE_TOKENS))
 
 
 class ExtractivePolicy:
@@ -75,28 +74,34 @@ class ExtractivePolicy:
         actions = [parse_reply(turn.text) for turn in conversation if turn.role == "assistant"]
         kinds = [action.kind if isinstance(action, Action) else None for action in actions]
         images = [image for turn in conversation for image in turn.images]
-        pages = list(dict.fromkeys(image.page_id for image in images))
+        shown = [[*(image.page_id for image in turn.images), *turn.text_pages] for turn in conversation]
+        pages = list(dict.fromkeys(page_id for together in shown for page_id in together))
         is_last = conversation[-1].text.endswith(LAST_TURN)
+        offered = conversation[0].text.split("\nQuestion: ", 1)[0]
         searches = kinds.count(ActionKind.SEARCH)
-        if not searches and not is_last:
+        may_search = not is_last and "<search>" in offered
+        if not searches and may_search:
             return format_reply("I need a page that answers this.", ActionKind.SEARCH, plain(question))
         looked_closer = bool(kinds) and kinds[-1] is not ActionKind.SEARCH
-        may_act = not is_last and not looked_closer
-        if may_act and searches < self.max_searches and (not pages or self.fit(question, pages[-1]) < LEAST_FIT):
+        together = next((page_ids for page_ids in reversed(shown) if page_ids), [])
+        page_id = max(together, key=lambda page_id: self.fit(question, page_id), default=None)
+        may_search = may_search and not looked_closer and searches < self.max_searches
+        if may_search and (page_id is None or self.fit(question, page_id) < LEAST_FIT):
             thought = "This page holds next to nothing of the question." if pages else "There is no page yet."
             return format_reply(thought, ActionKind.SEARCH, self._other_words(question, pages, searches))
-        found = self.find(question, pages[-1]) if pages else None
+        found = None if page_id is None else self.find(question, page_id)
         if found is None:
             readable = any(self.corpus.page(page_id).lines for page_id in pages)
             thought = "No page I saw holds a word that tells where to look."
             return format_reply(thought, ActionKind.ANSWER, NOT_FOUND if readable else NO_TEXT)
-        if may_act and "<bbox>" in conversation[0].text:
+        may_crop = not is_last and not looked_closer and "<bbox>" in offered
+        if may_crop and images and images[-1].page_id == page_id:
             view = images[-1].view
             box = shown_box(found.box, view)
             if box.area < 0.6 * view.shown.width * view.shown.height:
                 thought = "This part fits the question best; a closer look."
                 return format_reply(thought, ActionKind.CROP, format_box(box))
-        thought = plain(f"These words on page {pages[-1]} stand closest to the question's.")
+        thought = plain(f"These words on page {page_id} stand closest to the question's.")
         return format_reply(thought, ActionKind.ANSWER, plain(found.text) or NOT_FOUND)
 
     def find(self, question: str, page_id: str) -> Found | None:
@@ -182,4 +187,4 @@ def plain(text: str) -> str:
     >>> plain("a </search> b\\n<answer>c")
     'a b c'
     """
-    return " ".join(_TAGS.sub(" ", text).split()).strip(_BULLETS)
+    return " ".join(without_tags(text).split()).strip(_BULLETS)

@@ -58,7 +58,7 @@ def ndcg(shown: Sequence[str], gold: Collection[str]) -> float:
 
 
 def retrieval_reward(trajectory: Trajectory) -> float:
-    """nDCG over the pages that searches showed; crops are not pages."""
+    """nDCG over the pages shown; crops are not pages."""
     return ndcg(trajectory.shown_pages, trajectory.gold_page_ids)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from vrag_lib.corpus import Corpus, Question
 from vrag_lib.environment import Environment, Observation
 from vrag_lib.policy import Policy, Reply
 from vrag_lib.retrieval import Hit, Retriever
-from vrag_lib.trajectory import StopReason, Trajectory, Turn, clean_text
+from vrag_lib.trajectory import ImageRef, StopReason, Trajectory, Turn, clean_text
 
 
 class TokenMismatchError(RuntimeError):
@@ -88,7 +88,9 @@ def rollout(
         while waiting and len(active) < batch_size:
             i = waiting.pop()
             active[i] = _open(questions[i], seeds[i], Environment(corpus, retriever, config))
-        _advance(policy, list(active.values()), retriever, config, max_sampled_tokens)
+        running = [run for run in active.values() if run.stop_reason is None]
+        if running:
+            _advance(policy, running, retriever, config, max_sampled_tokens)
         for i in [i for i, run in active.items() if run.stop_reason is not None]:
             finished[i] = _record(active.pop(i), policy.name, run_id, preset)
             if on_finished is not None:
@@ -97,8 +99,20 @@ def rollout(
 
 
 def _open(question: Question, seed: int, environment: Environment) -> _Running:
-    first = environment.reset(question.query)
-    return _Running(question, seed, environment, [Turn("user", clean_text(first.text))])
+    run = _Running(question, seed, environment)
+    given: tuple[ImageRef, ...] = ()
+    start = time.perf_counter()
+    try:
+        given = environment.given(question)
+    except Exception as error:  # as in a search: whatever fails must cost this trajectory only
+        run.stop(StopReason.ERROR, clean_text(f"what is given with the question cannot be shown: {error}"))
+    run.timings["retrieve"] += time.perf_counter() - start
+    run.turns.append(_user_turn(environment.reset(question.query, given)))
+    return run
+
+
+def _user_turn(seen: Observation) -> Turn:
+    return Turn("user", clean_text(seen.text), images=seen.images, text_pages=seen.text_pages)
 
 
 def _advance(
@@ -173,7 +187,7 @@ def _observe(run: _Running, seen: Observation, max_sampled_tokens: int | None) -
         return run.stop(seen.stop_reason, clean_text(seen.error))
     if max_sampled_tokens is not None and run.sampled_tokens >= max_sampled_tokens:
         return run.stop(StopReason.MAX_TOKENS)
-    run.turns.append(Turn("user", seen.text, images=seen.images))
+    run.turns.append(_user_turn(seen))
 
 
 def _insert_token_ids(run: _Running, prompt_ids: tuple[int, ...]) -> None:
@@ -184,8 +198,7 @@ def _insert_token_ids(run: _Running, prompt_ids: tuple[int, ...]) -> None:
             f"question {run.question.uid!r}, turn {len(run.turns) - 1}: the context the policy sampled from does not "
             "begin with the recorded tokens; was a reply tokenised again?"
         )
-    last = run.turns[-1]
-    run.turns[-1] = Turn(last.role, last.text, images=last.images, token_ids=tuple(prompt_ids[len(known) :]))
+    run.turns[-1] = replace(run.turns[-1], token_ids=tuple(prompt_ids[len(known) :]))
 
 
 def _record(run: _Running, policy: str, run_id: str, preset: str) -> Trajectory:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from vrag_lib.actions import ActionKind
 from vrag_lib.config import _doc
-from vrag_lib.corpus import Question, document_stem
+from vrag_lib.corpus import Question
 from vrag_lib.geometry import Box, iou
 from vrag_lib.judge import Judge, normalise, rule_judge
 from vrag_lib.rendering import write_atomically
@@ -381,11 +381,10 @@ def ablation_row(
 
 def crop_ious(trajectory: Trajectory, question: Question) -> list[float]:
     """For each crop of a page with a gold region the IoU with the nearest one, both in raw page pixels. Regions are
-    those of `question.extra["regions"]`; a crop of any other page is not counted."""
+    `question.gold_regions`; a crop of any other page is not counted."""
     regions: dict[str, list[Box]] = {}
-    for region in question.extra.get("regions", ()):
-        page_id = f"{document_stem(question.file_name)}_{region['page']}"
-        regions.setdefault(page_id, []).append(Box(*region["region_box"]))
+    for page_id, box in question.gold_regions:
+        regions.setdefault(page_id, []).append(box)
     return [
         max(iou(image.view.box, box) for box in regions[image.page_id])
         for image in trajectory.images

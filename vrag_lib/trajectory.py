@@ -65,8 +65,9 @@ class ImageRef:
 @dataclass(frozen=True)
 class Turn:
     """One message. A user turn is inserted by the environment (its images first, then its text); an assistant turn
-    was sampled. `token_ids` are the tokens of exactly this turn, None for policies that give none; `logprobs` belong
-    to the sampled tokens one by one. `action` or `invalid` says what an assistant turn was read as."""
+    was sampled. `text_pages` are the pages whose text stands in a user turn's text. `token_ids` are the tokens of
+    exactly this turn, None for policies that give none; `logprobs` belong to the sampled tokens one by one. `action` or
+    `invalid` says what an assistant turn was read as."""
 
     role: str
     text: str
@@ -76,6 +77,7 @@ class Turn:
     action: Action | None = None
     invalid: InvalidReason | None = None
     finish_reason: str = ""
+    text_pages: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.role not in ("user", "assistant"):
@@ -142,8 +144,12 @@ class Trajectory:
 
     @property
     def shown_pages(self) -> tuple[str, ...]:
-        """Ids of the pages that searches showed, in order; crops are not pages."""
-        return tuple(image.page_id for image in self.images if not image.is_crop)
+        """Ids of the pages that were shown, with the question or by a search, in order; crops are not pages."""
+        return tuple(
+            page_id
+            for turn in self.turns
+            for page_id in (*(image.page_id for image in turn.images if not image.is_crop), *turn.text_pages)
+        )
 
     @property
     def evidence(self) -> ImageRef | None:
@@ -208,6 +214,7 @@ def _turn_row(turn: Turn) -> dict[str, Any]:
         "role": turn.role,
         "text": turn.text,
         "images": [_image_row(image) for image in turn.images],
+        "text_pages": list(turn.text_pages),
         "token_ids": None if turn.token_ids is None else list(turn.token_ids),
         "sampled": None if turn.sampled is None else list(turn.sampled),
         "logprobs": None if turn.logprobs is None else list(turn.logprobs),
@@ -265,6 +272,7 @@ def _turn_from_row(row: Mapping[str, Any]) -> Turn:
         action=action,
         invalid=None if row["invalid"] is None else InvalidReason(row["invalid"]),
         finish_reason=row["finish_reason"],
+        text_pages=tuple(row.get("text_pages") or ()),  # files written before pages could be shown as text lack it
     )
     stored = None if row["sampled"] is None else tuple(row["sampled"])
     if stored != turn.sampled:
@@ -284,6 +292,7 @@ def _schema() -> Any:
             "role": text,
             "text": text,
             "images": pa.list_(image),
+            "text_pages": pa.list_(text),
             "token_ids": pa.list_(pa.int32()),
             "sampled": pa.list_(pa.bool_()),
             "logprobs": pa.list_(real),

@@ -184,6 +184,9 @@ def _card(trajectory: Trajectory, corpus: Corpus, render: _Render) -> _Card:
     facts = [("Replies", f"{len(steps)} (searches: {searches}, crops: {crops})"), ("Policy", trajectory.policy or "–")]
     if trajectory.gold_page_ids:
         facts.append(("Gold pages", ", ".join(trajectory.gold_page_ids)))
+    text_pages = [page_id for turn in turns for page_id in turn.text_pages]
+    if text_pages:
+        facts.append(("Pages shown as text", ", ".join(text_pages)))
     if trajectory.timings:
         facts.append(("Time", ", ".join(f"{name} {seconds:.2f} s" for name, seconds in trajectory.timings.items())))
     record = {
