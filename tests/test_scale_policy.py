@@ -219,7 +219,7 @@ def test_heads_are_shown_the_cells_that_hold_what_is_asked(built, samples):
 
 
 def test_places_can_be_read_off_where_they_stand(built, samples):
-    """A probe that reads the truth has no loss: rows and columns of image tokens, boxes of the answers that name one."""
+    """A probe that reads the truth has no loss: rows and columns of image tokens, boxes of answers that name one."""
     from vrag_lib.scale_reading import BOX_KINDS, make_batch, place_loss
 
     batch = make_batch(built[1].tokenizer, samples)
