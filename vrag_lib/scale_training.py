@@ -47,8 +47,8 @@ CLOSE_SHARE = 0.2
 NAMING_PAGES = 8
 """Pages whose words are looked for in each step from the second stage on."""
 
-GUIDANCE = 0.3
-NAMING_WEIGHT = 0.3
+GUIDANCE = 0.1
+NAMING_WEIGHT = 0.1
 CHARACTER_WEIGHT = 0.5
 """Weights of showing heads where to look, of looking for words and of naming characters, beside the loss proper."""
 
