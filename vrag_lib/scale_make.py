@@ -59,8 +59,8 @@ def make_policy(
 
 
 def draw_curves(folder: Path) -> list[Path]:
-    """Beside every training curve (CSV with a `step` and a `loss`) of a folder its figure: loss, rates on the training
-    steps, rates on held-out pages."""
+    """Beside every training curve (CSV with a `step` and a `loss`) of a folder its figure: loss, losses that stand
+    beside it, rates on the training steps, rates on held-out pages."""
     import pandas as pd
 
     from vrag_lib.plots import curves_figure, save_figure
@@ -70,11 +70,18 @@ def draw_curves(folder: Path) -> list[Path]:
         table = pd.read_csv(path)
         if not {"step", "loss"} <= set(table.columns):
             continue
-        rates = [name for name in table.columns if name not in ("step", "loss", "seconds")]
+        others = [name for name in table.columns if name not in ("step", "loss", "validation loss", "seconds")]
+        parts = [name for name in others if "_loss" in name]
+        rates = [name for name in others if name not in parts]
         held_out = [name for name in rates if name.startswith(_HELD_OUT)]
-        training = [name for name in rates if name not in held_out]
-        panels = {"loss": ["loss"], "right on training steps": training, "right on held-out pages": held_out}
-        figure = curves_figure(table, {title: names for title, names in panels.items() if names}, width=14)
+        panels = {
+            "loss": [name for name in ("loss", "validation loss") if name in table],
+            "losses beside it": parts,
+            "right on training steps": [name for name in rates if name not in held_out],
+            "right on held-out pages": held_out,
+        }
+        panels = {title: names for title, names in panels.items() if names}
+        figure = curves_figure(table, panels, width=5 * len(panels))
         drawn.append(save_figure(figure, path.with_suffix(".png")))
     return drawn
 

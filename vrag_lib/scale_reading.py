@@ -263,7 +263,7 @@ def reading_loss(
         loss = loss + guidance * places
     if guidance:
         gaze = gaze_losses(model.model.language_model, batch, out.hidden_states)
-        counts |= {f"gaze_{layer}.{head}": (value.detach(), 1.0) for (layer, head), value in gaze.items()}
+        counts |= {f"gaze_loss_{layer}.{head}": (value.detach(), 1.0) for (layer, head), value in gaze.items()}
         loss = loss + guidance * sum(gaze.values())
     return loss, counts
 
