@@ -310,7 +310,7 @@ class PolicyTraining:
         keeps its share. The number of steps depends on `hours` alone.
 
         >>> PolicyTraining.of_hours(3).naming.steps
-        941
+        1446
         """
         whole = cls(seed=seed)
         stages = {name: getattr(whole, name) for name in SECONDS_PER_STEP}
