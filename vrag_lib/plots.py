@@ -170,7 +170,8 @@ def curves_figure(
     for ax, (title, names) in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns.items(), strict=True):
         for name, colour in zip([n for n in names if n in table], _cycle(colours), strict=False):
             known = table[[x, name]].dropna()
-            ax.plot(known[x], known[name], label=name, color=colour, linewidth=1.3)
+            marker = "o" if len(known) == 1 else None  # a line of one point would not be seen
+            ax.plot(known[x], known[name], label=name, color=colour, linewidth=1.3, marker=marker)
         ax.set_title(title, fontsize=10)
         ax.set_xlabel(x)
         if ax.lines and below:
