@@ -148,8 +148,8 @@ Every answer is in `results/laptop/scale_model/policy/perception_probes.csv`.
 ## How it was made
 `vrag scale-model policy`, seed {seed}, from random weights, on generated images alone (no photographs, no
 scraped text, no other model): {stages}. First the vision tower names the characters of every cell of pages of
-random text, then it and the first layers of the language model learn which cells show which word, then the
-language model learns to read through the fixed tower, then everything is trained together.
+random text, then the first layers of the language model learn which cells show which word, then the language
+model learns to read through the fixed tower, then everything is trained together.
 Curves are in `results/laptop/scale_model/policy/`, settings and versions in `training.json`.
 {note}
 ## Limits

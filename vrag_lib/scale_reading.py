@@ -257,7 +257,7 @@ def reading_loss(
         hits = ((wrong == 0) & member).sum(1)
     counts = {name: (hits[i], float(batch.kinds.count(name))) for i, name in enumerate(names)}
     loss = F.cross_entropy(logits, target)
-    if probe is not None:
+    if guidance and probe is not None:
         places = place_loss(probe, batch, out.hidden_states)
         counts["place_loss"] = (places.detach(), 1.0)
         loss = loss + guidance * places

@@ -168,8 +168,7 @@ def dense_stage(
 def naming_stage(
     model: Any, tokenizer: Any, recipe: PolicyTraining, folder: Path, curve: Path, device: str, workers: int
 ) -> None:
-    """Stage 2: words and the cells that show them. The tower stays as it is: when it moved it forgot digits, which the
-    next stage was seen to wait for."""
+    """Stage 2: words and the cells that show them. The tower stays as it is: when it moved it forgot digits."""
     import torch
 
     config, seed = MiniDocsConfig(), recipe.seed
@@ -279,7 +278,8 @@ def reading_stage(
 STAGES = ("dense", "naming", "reading", "joint")
 
 SECONDS_PER_STEP = {"dense": 0.19, "naming": 0.25, "reading": 1.05, "joint": 1.6}
-"""Seconds of one step of every stage of the small recipe on one core of a 2024 server, the other core as busy."""
+"""Seconds of one step of every stage of the small recipe on one core of a 2024 server, the other core as busy; that of
+`joint` is an estimate."""
 
 
 DENSE = Schedule(steps=7000, muon=4e-3, adamw=3e-3)
@@ -321,7 +321,7 @@ class PolicyTraining:
 
     @classmethod
     def large(cls, seed: int = 0) -> PolicyTraining:
-        """The recipe with steps eight times as wide, for an accelerator: ten minutes on an H200."""
+        """The recipe with steps eight times as wide, for an accelerator. Not run to its end yet."""
         small = cls(seed=seed)
         return replace(
             small,
