@@ -277,7 +277,7 @@ def _scale_model(commands) -> None:
         parser.add_argument("--threads", type=int, default=1, help="processor threads (default: %(default)s)")
         parser.add_argument("--out", help="folder of the model (default: below the cache)")
         if name == "policy":
-            recipes = "small: for a processor, as long as --hours says; large: wider steps for an accelerator (default: small)"
+            recipes = "small: for a processor, as long as --hours; large: wider steps for an accelerator (small)"
             parser.add_argument("--recipe", choices=["small", "large"], default="small", help=recipes)
             parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to train (cpu)")
             parser.add_argument("--workers", type=int, default=0, help="processes that make the data (0)")
