@@ -39,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
         _evaluate,
         _config,
         _reproduce,
+        _reproduce_paper,
     ):
         add(commands)
     return parser
@@ -371,6 +372,40 @@ def _reproduce(commands) -> None:
         "--force", action="store_true", help="also run notebooks that are unchanged since their last run"
     )
     parser.add_argument("--save-outputs", action="store_true", help="keep the outputs in notebooks/ as well")
+
+
+def _reproduce_paper(commands) -> None:
+    def run(arguments) -> int:
+        from vrag_lib.matrix import run_matrix, states
+        from vrag_lib.report import write_report
+
+        if arguments.cells:  # settings may stand anywhere, so also behind the names
+            arguments.overrides += [text for text in arguments.cells if "=" in text]
+            arguments.cells = [text for text in arguments.cells if "=" not in text]
+        config = _read(arguments, experiment=True)
+        if arguments.list:
+            for outcome in states(config, arguments.cells, arguments.seeds):
+                print(f"{outcome.cell:20} seed {outcome.seed}  {outcome.state}  {outcome.error}".rstrip())
+            return 0
+        failed = []
+        if not arguments.report_only:
+            outcomes = run_matrix(config, arguments.cells, arguments.seeds, arguments.format_trajectories)
+            failed = [outcome for outcome in outcomes if outcome.state == "failed"]
+            for outcome in failed:
+                print(f"failed: {outcome.cell}, seed {outcome.seed}: {outcome.error}", file=sys.stderr)
+        print(f"report  {write_report(config, arguments.seeds)}")
+        return 1 if failed else 0
+
+    what = "run the paper's experiments and the ablations in miniature, cell by cell, and write tables and figures"
+    parser = _command(commands, "reproduce-paper", run, what)
+    parser.add_argument("--cells", nargs="+", metavar="NAME", help="only these (default: all; --list names them)")
+    parser.add_argument(
+        "--seeds", type=int, default=5, help="training seeds of each trained cell (default: %(default)s)"
+    )
+    parser.add_argument("--list", action="store_true", help="say what there is of each cell, and run nothing")
+    parser.add_argument("--report-only", action="store_true", help="draw the report from finished cells, run nothing")
+    help_text = "trajectories that teach the untrained policy its format; 0 for an instruct model (laptop: 400, else 0)"
+    parser.add_argument("--format-trajectories", type=int, metavar="N", help=help_text)
 
 
 if __name__ == "__main__":

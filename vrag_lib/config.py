@@ -161,7 +161,7 @@ class SFTConfig:
 class GRPOConfig:
     """Reinforcement learning; the defaults are the paper's (Table 6) or, where it is silent, the released script's."""
 
-    recipe: str = _doc("paper", "reward: paper, paper_cold_start or released_code (rewards.RECIPES)")
+    recipe: str = _doc("paper", "reward: paper, paper_cold_start, released_code, ... (rewards.RECIPES)")
     steps: int = _doc(62, "rollouts: each samples questions_per_step x group_size trajectories")
     questions_per_step: int = _doc(32, "questions per rollout, over all processes")
     group_size: int = _doc(5, "trajectories per question")
@@ -307,7 +307,11 @@ def load_config(
     """
     if preset not in PRESETS:
         raise ConfigError(f"there is no preset {preset!r}; presets are {', '.join(PRESETS)}")
-    config = (EXPERIMENTS if experiment else PRESETS)[preset]
+    return override((EXPERIMENTS if experiment else PRESETS)[preset], overrides)
+
+
+def override(config: Config, overrides: list[str] | tuple[str, ...]) -> Config:
+    """The config with `key=value` overrides applied, the later one winning. Raises ConfigError as `load_config`."""
     for text in overrides:
         key, sign, value = text.partition("=")
         if not sign:

@@ -5,7 +5,8 @@
 Deviations: scores are read from the structure of the record, never from decoded text, so nothing an observation says
 can earn one (trap T3); pages are compared by id (T14). The paper gives no α and β; the recipe `paper` takes the weights
 that the released code holds as a comment. The released code's gate (no reward at all without a search *and* an answer)
-is the recipe `released_code`, and is not applied otherwise (T4).
+is the recipe `released_code`, and is not applied otherwise (T4). `answer_only` is the "vanilla" reward of the paper's
+Table 2; `retrieval_only` completes the ablation.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ RECIPES = {
     "paper": RewardRecipe(retrieval=0.2, answer=0.8, pattern=0.0),
     "paper_cold_start": RewardRecipe(retrieval=0.2, answer=0.7, pattern=0.1),
     "released_code": RewardRecipe(retrieval=0.2, answer=0.7, pattern=0.1, gate=True),
+    "answer_only": RewardRecipe(retrieval=0.0, answer=1.0, pattern=0.0),
+    "retrieval_only": RewardRecipe(retrieval=1.0, answer=0.0, pattern=0.0),
 }
 
 

@@ -25,7 +25,7 @@ from vrag_lib.factory import make_retriever, scale_policy
 from vrag_lib.judge import Judge
 from vrag_lib.policy import Policy
 from vrag_lib.retrieval import Retriever
-from vrag_lib.trajectory import read_trajectories, write_trajectories
+from vrag_lib.trajectory import Trajectory, read_trajectories, write_trajectories
 
 EXPERTS = ("scripted", "openai")
 VARIANTS = ("relocate", "next_reply", "planner", "grounder")
@@ -171,20 +171,31 @@ def synthesize(config: Config, train: Collection | None = None) -> Path:
     return folder
 
 
-def fine_tune(config: Config, train: Collection | None = None, trajectories: int | None = None) -> Path:
+def fine_tune(
+    config: Config,
+    train: Collection | None = None,
+    trajectories: int | None = None,
+    *,
+    checkpoint: str | Path | None = None,
+    data: Sequence[Trajectory] | None = None,
+    folder: Path | None = None,
+) -> Path:
     """Fine-tune the configured policy on the synthesis' trajectories, or on the first `trajectories` of them (the
-    balanced draw is balanced at any length). Returns the folder of the trained checkpoint or adapter."""
+    balanced draw is balanced at any length). Returns the folder of the trained checkpoint or adapter.
+
+    checkpoint, data, folder: start from another model, learn from other trajectories, write elsewhere.
+    """
     from vrag_lib.sft import train_sft
 
-    model = config.policy.model or scale_policy()
+    model = checkpoint or config.policy.model or scale_policy()
     if not model:
         raise ConfigError("fine-tuning needs policy.model=, a path or hub id of a Qwen2-VL-type model")
     train = train or collection(config, "train")
-    data = read_trajectories(config.folder("synthesis") / "trajectories.parquet")
-    if trajectories is not None:
-        data = data[:trajectories]
+    if data is None:
+        data = read_trajectories(config.folder("synthesis") / "trajectories.parquet")
+    data = data if trajectories is None else data[:trajectories]
     held_out = max(1, len(data) // 50)
-    folder = sft_folder(config, len(data))
+    folder = folder or sft_folder(config, len(data))
     save_config(config, folder)
     return train_sft(
         model,
@@ -203,9 +214,18 @@ def sft_folder(config: Config, trajectories: int) -> Path:
     return config.folder("sft") / f"{trajectories}_trajectories_seed_{config.seed}"
 
 
-def reinforce(config: Config, checkpoint: str | Path, train: Collection | None = None) -> Path:
+def reinforce(
+    config: Config,
+    checkpoint: str | Path,
+    train: Collection | None = None,
+    *,
+    folder: Path | None = None,
+    seed: int | None = None,
+) -> Path:
     """Train a checkpoint, the cold start's as a rule, by GRPO on the questions set apart for it, with the reward that
     `grpo.recipe` names. Returns the folder of the trained adapter or checkpoint.
+
+    folder, seed: write elsewhere, train with another seed; which questions are set apart follows from `config.seed`.
 
     Raises ConfigError for an unknown recipe.
     """
@@ -215,7 +235,7 @@ def reinforce(config: Config, checkpoint: str | Path, train: Collection | None =
     if config.grpo.recipe not in RECIPES:
         raise ConfigError(f"grpo.recipe is one of {', '.join(RECIPES)}, not {config.grpo.recipe!r}")
     train = train or collection(config, "train")
-    folder = config.folder("grpo") / f"{config.grpo.recipe}_seed_{config.seed}"
+    folder = folder or config.folder("grpo") / f"{config.grpo.recipe}_seed_{config.seed}"
     save_config(config, folder)
     return train_grpo(
         checkpoint,
@@ -226,7 +246,7 @@ def reinforce(config: Config, checkpoint: str | Path, train: Collection | None =
         folder,
         environment=config.environment,
         reward=functools.partial(score, recipe=RECIPES[config.grpo.recipe]),
-        seed=config.seed,
+        seed=config.seed if seed is None else seed,
         device=config.policy.device,
         preset=config.preset,
     )

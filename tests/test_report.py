@@ -1,0 +1,76 @@
+"""The report from hand-made rows: what is written, what it says, and that figures need nothing but the CSV files."""
+
+from __future__ import annotations
+
+import shutil
+
+import pandas as pd
+import pytest
+from paper_rows import made_up, store
+from PIL import Image
+
+from vrag_lib.cli import main
+from vrag_lib.config import load_config
+from vrag_lib.matrix import MatrixError, cell_folder
+from vrag_lib.matrix_cells import CELLS
+from vrag_lib.paper_figures import FIGURES, draw_figures
+from vrag_lib.report import write_report
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    results = tmp_path_factory.mktemp("results")
+    config = load_config("laptop", [f"results={results}"], experiment=True)
+    store(made_up(24, 2, cells=tuple(name for name in CELLS if name != "horizon_8")), config)
+    folder = cell_folder(config, "horizon_8", 0)
+    folder.mkdir(parents=True)
+    (folder / "error.txt").write_text("Traceback\nValueError: too long a name\n")
+    return config, write_report(config, seeds=2)
+
+
+def test_the_page_says_what_agrees_and_what_is_missing(written):
+    config, page = written
+    text = page.read_text()
+    effects = pd.read_csv(config.folder("paper") / "effects.csv")
+    assert page.name == "REPORT.md" and f"**not resolved** ({(effects['verdict'] == 'not resolved').sum()} of" in text
+    for row in effects.itertuples():
+        assert f"{row.difference:+.1f}" in text or row.column in ("seconds", "searches"), row.effect
+    assert "`horizon_8` seed 0: ValueError: too long a name" in text
+    assert "Not finished with every seed: `horizon_8`" in text and "at most 8 replies instead of 5" in text
+    count = sum(len(CELLS[name].seeds(2)) for name in CELLS)
+    assert f"{count - 2} of {count} cells × seeds are finished, on 24 answerable" in text
+    assert "Holm" in text and "| +19.7 | +15.8 / +22.0 | Table 1 |" in text and str(config.results) not in text
+    assert "nan" not in text.replace("finance", "")
+
+
+def test_all_tables_and_figures_are_there(written):
+    config, page = written
+    folder = config.folder("paper")
+    assert {path.stem for path in folder.glob("*.png")} == set(FIGURES)
+    text = (folder / "README.md").read_text()
+    for name in FIGURES:
+        assert f"![{name}]({name}.png)" in text and Image.open(folder / f"{name}.png").width > 400
+    for link in ("laptop/paper/effects.png", "laptop/paper/README.md"):
+        assert link in page.read_text() and (page.parent / link).is_file()
+    assert "| VRAG-RL-7B in SCORE | 4.36 |" in text and "no answer" in text and "Accuracy by training seed" in text
+
+
+def test_figures_are_drawn_from_csv_alone(written, tmp_path):
+    config, _ = written
+    for path in config.folder("paper").glob("*.csv"):
+        shutil.copy(path, tmp_path)
+    assert {path.stem for path in draw_figures(tmp_path)} == set(FIGURES)
+    (tmp_path / "table_2.csv").write_text("\n")
+    assert "table_2" not in {path.stem for path in draw_figures(tmp_path)} and not (tmp_path / "table_2.png").exists()
+    with pytest.raises(FileNotFoundError, match="--report-only"):
+        draw_figures(tmp_path / "nowhere")
+
+
+def test_a_matrix_with_one_cell_is_reported_too(tmp_path, capsys):
+    config = load_config("gpu_3b", [f"results={tmp_path}"], experiment=True)
+    with pytest.raises(MatrixError, match="no finished cell"):
+        write_report(config)
+    store(made_up(8, 1, cells=("react",)), config)
+    assert main(["reproduce-paper", "--report-only", "--preset", "gpu_3b", f"results={tmp_path}"]) == 0
+    assert "REPORT_gpu_3b.md" in capsys.readouterr().out
+    assert "**not measured** (24 of 24)" in (tmp_path / "REPORT_gpu_3b.md").read_text()

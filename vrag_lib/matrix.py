@@ -1,0 +1,224 @@
+"""The experiment matrix: every cell of `matrix_cells`, with every seed, trained and measured by one resumable call.
+
+    outcomes = run_matrix(load_config("laptop", experiment=True), seeds=5)
+    rows = read_rows(config)                  # {cell: a row per question and seed}
+
+A cell's results lie in `results/<preset>/matrix/<cell>/seed_<n>/`: `questions.parquet`, a row per question, and
+`settings.json`, what they depend on, and `cell.json` with provenance and seconds, written last: a cell that has it is
+finished and is skipped. A cell that was killed goes on; one that fails leaves `error.txt`, is named, and does not stop
+the others.
+
+All seeds of the cheap cells would be of no use without the dear ones: seed 0 of every cell comes first, then seed 1,
+and so on, so that whatever has been run can be compared. Evaluation is greedy, as in the released code's validation, on
+the answerable questions of MiniDocs' test split; what fails or gives no answer is wrong.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import math
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vrag_lib.agents import questions_for
+from vrag_lib.config import Config, provenance
+from vrag_lib.evaluate import run
+from vrag_lib.factory import make_policy
+from vrag_lib.matrix_cells import Cell, cell_config, find_cells
+from vrag_lib.matrix_training import MatrixError, Workbench, claim, depends_on, model_fingerprint
+from vrag_lib.rendering import read_json, write_atomically
+from vrag_lib.trajectory import read_trajectories
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+logger = logging.getLogger(__name__)
+
+SEEDS = 5
+"""Training seeds of every trained cell."""
+
+KEPT = (
+    "uid", "source_type", "query_type", "template", "answer", "stop_reason", "error", "answered", "failed", "judge",
+    "judge_gated", "exact", "f1", "ndcg", "gold_recall", "gold_page_seen", "first_gold", "pages", "noise_pages",
+    "searches", "crops", "replies", "invalid", "crop_iou", "tokens_sampled", "seconds_generate", "seconds_retrieve",
+)  # fmt: skip
+"""Columns of a cell's rows: those of `evaluate.evaluate_trajectories`, and `first_gold`, whether the first page shown
+was a gold page (NaN where the question has none; 0 where no page was shown)."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a cell with one seed: `finished`, `skipped` (it was finished before), `failed` with the error."""
+
+    cell: str
+    seed: int
+    state: str
+    error: str = ""
+
+
+def run_matrix(
+    config: Config,
+    cells: Sequence[str] | None = None,
+    seeds: int = SEEDS,
+    format_trajectories: int | None = None,
+) -> list[Outcome]:
+    """Run these cells (default: all) with `seeds` seeds each, and whatever training they need; returns every outcome.
+
+    format_trajectories: default what the preset needs, see `matrix_training.FORMAT_TRAJECTORIES`.
+
+    Raises ConfigError for an unknown cell and where there is no policy to start from, ValueError for fewer seeds than
+    one. What happens inside a cell is caught.
+    """
+    from tqdm import tqdm
+
+    if seeds < 1:
+        raise ValueError(f"the matrix needs at least one seed, not {seeds}")
+    wanted = find_cells(cells)
+    bench = Workbench(config, format_trajectories)
+    if config.policy.kind == "transformers":
+        bench.raw()
+    units = [(cell, seed) for seed in range(seeds) for cell in wanted if seed in cell.seeds(seeds)]
+    outcomes = []
+    # No remaining time: the first cells take minutes and the last hours, so the bar would be wrong all the way.
+    with tqdm(units, unit="cell", bar_format="{desc} |{bar}| {n_fmt} of {total_fmt} cells, {elapsed}") as bar:
+        for cell, seed in bar:
+            bar.set_description(f"{cell.name}, seed {seed}")
+            outcomes.append(_attempt(bench, cell, seed))
+    return outcomes
+
+
+def _attempt(bench: Workbench, cell: Cell, seed: int) -> Outcome:
+    folder = cell_folder(bench.config, cell.name, seed)
+    try:
+        state = run_cell(bench, cell, seed)
+    except Exception as error:  # whatever goes wrong in one cell must not cost the others
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "error.txt", traceback.format_exc().encode())
+        logger.warning("cell %s, seed %d failed: %s", cell.name, seed, error)
+        return Outcome(cell.name, seed, "failed", f"{type(error).__name__}: {error}")
+    (folder / "error.txt").unlink(missing_ok=True)
+    return Outcome(cell.name, seed, state)
+
+
+def run_cell(bench: Workbench, cell: Cell, seed: int) -> str:
+    """Train what the cell needs and measure it; `skipped` when that was done before, else `finished`.
+
+    Raises MatrixError when the folder was made with other settings, or the policy is none that can be trained; else
+    what training and evaluation raise.
+    """
+    folder = cell_folder(bench.config, cell.name, seed)
+    config = cell_config(cell, bench.config)
+    config = replace(config, policy=replace(config.policy, temperature=0.0))
+    settings = _settings(bench, cell, config, seed)
+    claim(folder, settings)
+    if (folder / "cell.json").is_file():
+        return "skipped"
+    began = time.monotonic()
+    if config.policy.kind == "transformers":
+        config = replace(config, policy=replace(config.policy, model=bench.checkpoint(cell, seed)))
+    elif cell.trained:
+        raise MatrixError(f"{cell.name} is trained, which a policy of kind {config.policy.kind} cannot be")
+    trained = time.monotonic()
+    frame = run(
+        make_policy(bench.test.corpus, config),
+        questions_for(cell.find_agent(), bench.test.questions),
+        bench.test.corpus,
+        bench.test.retriever,
+        config.environment,
+        folder / "evaluation",
+        seeds=(seed,),
+        batch_size=config.policy.batch_size,
+        preset=config.preset,
+        settings={"cell": cell.name},
+    )
+    first = {t.id: _first_gold(t) for t in read_trajectories(folder / "evaluation" / "trajectories.parquet")}
+    rows = io.BytesIO()
+    frame.assign(first_gold=frame["id"].map(first))[list(KEPT)].to_parquet(rows, index=False, compression="zstd")
+    write_atomically(folder / "questions.parquet", rows.getvalue())
+    record = {
+        "about": cell.about,
+        "seconds_training": round(trained - began, 1),  # of what was not there yet, shared stages included
+        "seconds_evaluation": round(time.monotonic() - trained, 1),
+        "provenance": provenance(seed),
+    }
+    write_atomically(folder / "cell.json", (json.dumps(record, indent=1) + "\n").encode())
+    return "finished"
+
+
+def _settings(bench: Workbench, cell: Cell, config: Config, seed: int) -> dict:
+    """What the rows of a cell depend on."""
+    described = asdict(cell) | {"agent": cell.find_agent().name}
+    described.pop("about")
+    formatted = cell.start == "format" and bench.format_trajectories > 0
+    stages = ["policy", "environment", "retrieval"]
+    stages += ["sft", "synthesis"] if formatted or cell.trained else []
+    stages += ["grpo"] if "grpo" in cell.chain else []
+    return {
+        "cell": described,
+        "seed": seed,
+        "model": model_fingerprint(bench.raw()) if config.policy.kind == "transformers" else config.policy.model,
+        "format_trajectories": bench.format_trajectories,
+        "config": depends_on(config, *stages),
+    }
+
+
+def _first_gold(trajectory) -> float:
+    if not trajectory.gold_page_ids:
+        return math.nan
+    return float(bool(trajectory.shown_pages) and trajectory.shown_pages[0] in trajectory.gold_page_ids)
+
+
+def cell_folder(config: Config, cell: str, seed: int) -> Path:
+    """Where the results of a cell with one seed lie."""
+    return config.folder("matrix") / cell / f"seed_{seed}"
+
+
+def states(config: Config, cells: Sequence[str] | None = None, seeds: int = SEEDS) -> list[Outcome]:
+    """What there is of each cell and seed: `finished`, `failed` with the last line of its error, `begun`, `missing`."""
+    found = []
+    for cell in find_cells(cells):
+        for seed in cell.seeds(seeds):
+            folder = cell_folder(config, cell.name, seed)
+            error = folder / "error.txt"
+            if (folder / "cell.json").is_file():
+                found.append(Outcome(cell.name, seed, "finished"))
+            elif error.is_file():
+                last = error.read_text().strip().splitlines()[-1]
+                found.append(Outcome(cell.name, seed, "failed", last))
+            else:
+                found.append(Outcome(cell.name, seed, "begun" if folder.is_dir() else "missing"))
+    return found
+
+
+def read_rows(config: Config, cells: Sequence[str] | None = None) -> dict[str, pd.DataFrame]:
+    """The rows of all finished cells, those of each cell's seeds together, with a column `seed`."""
+    import pandas as pd
+
+    rows = {}
+    for cell in find_cells(cells):
+        folders = sorted(
+            (path.parent for path in (config.folder("matrix") / cell.name).glob("seed_*/cell.json")),
+            key=lambda path: int(path.name.removeprefix("seed_")),
+        )
+        parts = [
+            pd.read_parquet(folder / "questions.parquet").assign(seed=int(folder.name.removeprefix("seed_")))
+            for folder in folders
+        ]
+        if parts:
+            rows[cell.name] = pd.concat(parts, ignore_index=True)
+    return rows
+
+
+def read_records(config: Config, cells: Sequence[str] | None = None) -> Mapping[tuple[str, int], dict]:
+    """`cell.json` of all finished cells, by cell and seed."""
+    found = {}
+    for cell in find_cells(cells):
+        for path in (config.folder("matrix") / cell.name).glob("seed_*/cell.json"):
+            found[cell.name, int(path.parent.name.removeprefix("seed_"))] = read_json(path)
+    return found

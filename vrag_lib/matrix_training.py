@@ -1,0 +1,296 @@
+"""What the cells of the matrix are made from: documents, trajectories and checkpoints, each made once and shared.
+
+    bench = Workbench(load_config("laptop", experiment=True), format_trajectories=400)
+    bench.checkpoint(CELLS["vrag_rl"], seed=0)     # trains what is missing: format, then SFT, then RL
+
+Everything lies below `results/<preset>/matrix/`: `data/` trajectories, `checkpoints/` models. A folder says in
+`settings.json` what it depends on, and nothing made with other settings is used in its place. Trainings go on from
+their last checkpoint after a kill. Data are drawn with `config.seed`, trainings with the seed of the cell.
+
+Deviations from the paper: see `matrix_cells`. The stage `format` stands in for what an instruct model brings along.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from vrag_lib.agents import agent_environment
+from vrag_lib.config import Config, ConfigError, read_config, to_dict
+from vrag_lib.factory import scale_policy
+from vrag_lib.judge import rule_judge
+from vrag_lib.matrix_cells import Cell, cell_config
+from vrag_lib.policy import Policy
+from vrag_lib.rendering import read_json, write_atomically
+from vrag_lib.stages import (
+    Collection,
+    collection,
+    fine_tune,
+    make_expert_policy,
+    make_judge,
+    reinforce,
+    synthesize,
+    training_questions,
+)
+from vrag_lib.synthesis import sample
+from vrag_lib.trajectory import Trajectory, read_trajectories, write_trajectories
+
+logger = logging.getLogger(__name__)
+
+FORMAT_FORMS = ("vanilla_rag_1", "vanilla_rag_3", "react", "vrag_rl")
+"""Agents whose trajectories the stage `format` learns from, equally many of each."""
+
+FORMAT_TRAJECTORIES = {"laptop": 400}
+"""Trajectories of the stage `format` by preset, of all forms together. Other presets start from an instruct model."""
+
+SEARCH_SAMPLES = 8
+"""Samples per question of experts that cannot crop: what is too small to read they guess, so fewer are right."""
+
+_INDIFFERENT = ("batch_size", "rollout_batch_size", "device", "api_key_env", "concurrency", "workers", "results",
+                "save_steps", "keep_checkpoints", "gradient_checkpointing")  # fmt: skip
+"""Settings that change where and how fast something is computed, not what; a run may go on with others."""
+
+
+class MatrixError(RuntimeError):
+    """A part of the matrix that cannot be made or used; the message says which and what helps."""
+
+
+class Workbench:
+    """Collections, trajectories and checkpoints of one config, made when first asked for."""
+
+    def __init__(self, config: Config, format_trajectories: int | None = None):
+        self.config = config
+        self.folder = config.folder("matrix")
+        if format_trajectories is None:
+            format_trajectories = FORMAT_TRAJECTORIES.get(config.preset, 0)
+        self.format_trajectories = format_trajectories
+        self._failed: dict[str, str] = {}
+
+    @functools.cached_property
+    def train(self) -> Collection:
+        """Training documents, of which SFT and RL get different ones."""
+        return collection(self.config, "train")
+
+    @functools.cached_property
+    def test(self) -> Collection:
+        """Test documents and their answerable questions."""
+        from vrag_lib.corpus_formats import answerable
+
+        whole = collection(self.config, "test")
+        return dataclasses.replace(whole, questions=tuple(answerable(whole.questions)))
+
+    def trajectories(self, kind: str) -> list[Trajectory]:
+        """What SFT learns from: `crop` as `vrag synthesize` leaves it, `search` of the same questions without crop,
+        `format` of each of FORMAT_FORMS."""
+        if kind == "crop":
+            path = self.config.folder("synthesis") / "trajectories.parquet"
+            if not path.is_file():
+                synthesize(self.config, self.train)
+            made, wanted = depends_on(read_config(path.parent), "synthesis"), depends_on(self.config, "synthesis")
+            _compare(path.parent, made, wanted)
+            return read_trajectories(path)
+        folder = self.folder / "data" / kind
+        count = self.format_trajectories if kind == "format" else len(self.trajectories("crop"))
+        claim(folder, {"count": count, "config": depends_on(self.config, "synthesis")})
+        path = folder / "trajectories.parquet"
+        if not path.is_file():
+            write_trajectories(self._search() if kind == "search" else self._format(), path)
+        return read_trajectories(path)
+
+    def checkpoint(self, cell: Cell, seed: int) -> str:
+        """The model of a cell, trained with that seed, ready to be loaded: a folder, or a hub id for `raw`."""
+        model = self.raw() if cell.start == "raw" else self._start()
+        if cell.chain in ("sft", "sft+grpo"):
+            model = self._fine_tuned(model, cell, seed)
+        if cell.chain in ("grpo", "sft+grpo"):
+            model = self._reinforced(model, cell, seed)
+        return model
+
+    def raw(self) -> str:
+        """The policy before any stage. Raises ConfigError where there is none."""
+        model = self.config.policy.model or scale_policy()
+        if not model:
+            raise ConfigError(
+                "the matrix needs a policy that can be trained: `vrag scale-model policy` makes the laptop's, "
+                "policy.model= names another"
+            )
+        return str(model)
+
+    def _start(self) -> str:
+        raw = self.raw()
+        if not self.format_trajectories:
+            return raw
+        depends = {"start": model_fingerprint(raw), "trajectories": self.format_trajectories}
+        return self._made(
+            "format",
+            depends | {"config": depends_on(self.config, "sft", "synthesis")},
+            raw,
+            lambda folder: fine_tune(
+                self.config, self.train, checkpoint=raw, data=self.trajectories("format"), folder=folder
+            ),
+        )
+
+    def _fine_tuned(self, start: str, cell: Cell, seed: int) -> str:
+        count = "all" if cell.trajectories is None else str(cell.trajectories)
+        depends = {"start": model_fingerprint(start), "data": cell.data, "trajectories": count, "seed": seed}
+        config = dataclasses.replace(self.config, seed=seed)
+        return self._made(
+            f"sft_{cell.data}_{count}_seed_{seed}",
+            depends | {"config": depends_on(self.config, "sft", "synthesis")},
+            start,
+            lambda folder: fine_tune(
+                config,
+                self.train,
+                cell.trajectories,
+                checkpoint=start,
+                data=self.trajectories(cell.data),
+                folder=folder,
+            ),
+        )
+
+    def _reinforced(self, start: str, cell: Cell, seed: int) -> str:
+        config = cell_config(cell, self.config)
+        depends = {"start": model_fingerprint(start), "seed": seed}
+        return self._made(
+            f"{cell.name}_seed_{seed}",
+            depends | {"config": depends_on(config, "grpo", "environment", "retrieval", "synthesis")},
+            start,
+            lambda folder: reinforce(config, start, self.train, folder=folder, seed=seed),
+        )
+
+    def _made(self, name: str, settings: Mapping[str, Any], start: str, train: Callable[[Path], Path]) -> str:
+        """The finished model of a training, trained now unless it was; what failed in this run is not tried again."""
+        if name in self._failed:
+            raise MatrixError(f"needs the checkpoint {name}, which failed: {self._failed[name]}")
+        folder = self.folder / "checkpoints" / name
+        claim(folder, settings)
+        done = folder / "done.json"
+        if (made := read_json(done)) is None:
+            try:
+                final = train(folder)
+                if (final / "adapter_config.json").is_file():
+                    from vrag_lib.training import merge_adapter
+
+                    final = merge_adapter(start, final, folder / "merged")
+            except Exception as error:
+                self._failed[name] = f"{type(error).__name__}: {error}"
+                raise
+            for checkpoint in folder.glob("checkpoint-*"):  # only for going on; the model has all that is left to use
+                shutil.rmtree(checkpoint)
+            made = {"model": final.name}
+            write_atomically(done, json.dumps(made).encode())
+        return str(folder / made["model"])
+
+    def _search(self) -> list[Trajectory]:
+        """Trajectories of the SFT questions by experts without crop: as many as there are with crop, or all."""
+        from vrag_lib.synthesis_filters import balance, filter_trajectories
+
+        samples = self._sampled("react", SEARCH_SAMPLES, "search")
+        kept = filter_trajectories(samples, make_judge(self.config)).kept
+        wanted = len(self.trajectories("crop"))
+        if len(kept) < wanted:
+            logger.warning("experts without crop wrote %d right trajectories, those with crop %d", len(kept), wanted)
+        return balance(kept, wanted, self.config.seed)
+
+    def _format(self) -> list[Trajectory]:
+        """Right trajectories without an invalid reply, at most one per question and form, the forms taking turns: of
+        each as many as of the rarest, and no more together than wanted."""
+        forms = []
+        for form in FORMAT_FORMS:
+            samples = self._sampled(form, 1, f"format/{form}")
+            forms.append([t for t in samples if _is_right(t) and not any(reply.invalid for reply in t.replies)])
+        taken = [trajectory for row in zip(*forms, strict=False) for trajectory in row]
+        return taken[: self.format_trajectories]
+
+    def _sampled(self, agent: str, per_question: int, name: str) -> list[Trajectory]:
+        questions = training_questions(self.config, self.train.questions)[0]
+        return sample(
+            self._expert(agent),
+            questions,
+            self.train.corpus,
+            self.train.retriever,
+            agent_environment(agent, self.config),
+            self.folder / "data" / name / "samples",
+            samples_per_question=per_question,
+            seed=self.config.seed,
+            batch_size=64,
+            preset=self.config.preset,
+        )
+
+    def _expert(self, agent: str) -> Policy:
+        """The planner alone, which takes what an agent may do into account: a model reads it in the prompt, the
+        scripted one is told."""
+        questions = training_questions(self.config, self.train.questions)[0]
+        if self.config.synthesis.experts != "scripted":
+            settings = dataclasses.replace(self.config.synthesis, variant="planner")
+            config = dataclasses.replace(self.config, synthesis=settings)
+            return make_expert_policy(config, questions, self.train.corpus)
+        from vrag_lib.experts_scripted import Flaws, ScriptedPlanner
+
+        can_crop = agent_environment(agent, self.config).allow_crop
+        return ScriptedPlanner(questions, Flaws() if can_crop else Flaws(no_crop=1.0, needless_crop=0.0))
+
+
+def _is_right(trajectory: Trajectory) -> bool:
+    answer = trajectory.answer
+    return answer is not None and rule_judge(trajectory.question, trajectory.reference_answer, answer)
+
+
+def claim(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Write what a folder depends on, or make sure that it is what was written there. Raises MatrixError else."""
+    wanted = json.loads(json.dumps(settings))
+    path = folder / "settings.json"
+    present = read_json(path)
+    if present is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, (json.dumps(wanted, indent=1) + "\n").encode())
+        return
+    _compare(folder, present, wanted)
+
+
+def _compare(folder: Path, present: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    there, here = _flat(present), _flat(wanted)
+    differing = [key for key in dict.fromkeys([*there, *here]) if there.get(key) != here.get(key)]
+    if differing:
+        listed = ", ".join(f"{key}={there.get(key)!r} not {here.get(key)!r}" for key in differing[:4])
+        raise MatrixError(
+            f"{folder} was made with other settings ({listed}); use those, another results= folder, or remove it"
+        )
+
+
+def depends_on(config: Config, *stages: str) -> dict[str, Any]:
+    """The settings of these stages and of the documents that can change a result; which model it is, is known by its
+    weights (`model_fingerprint`), not by where they lie."""
+    whole = to_dict(config)
+    del whole["policy"]["model"]
+    kept = {name: whole[name] for name in ("minidocs", *stages)} | {"data_seed": config.seed, "smoke": config.smoke}
+    return {
+        stage: {k: v for k, v in values.items() if k not in _INDIFFERENT} if isinstance(values, dict) else values
+        for stage, values in kept.items()
+    }
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {name: value}
+    return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{name}.{key}".lstrip(".")).items()}
+
+
+@functools.cache
+def model_fingerprint(model: str) -> str:
+    """A model by its weights, so that one trained anew in the same folder is another; a hub id by its name."""
+    files = sorted(Path(model).glob("*.safetensors"))
+    if not files:
+        return model
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,241 @@
+"""The figures of the paper in miniature, drawn from the CSV files of `paper_tables` alone, in seconds.
+
+    draw_figures("results/laptop/paper")          # every <name>.csv there becomes <name>.png
+
+Ours are filled, with 95 % intervals; the paper's are hollow and carry none, for it gives none. They were measured with
+other models on other documents: compare directions, not heights.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from vrag_lib.plots import COLOURS, save_figure
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+VERDICTS = {"agrees": COLOURS[2], "disagrees": COLOURS[4], "higher": COLOURS[0], "lower": COLOURS[1]}
+"""Colours of verdicts; whatever is not resolved is grey."""
+
+_GREY = "#a0aec0"
+_ELEMENTS = ("text", "table", "chart", "layout")
+
+
+def draw_figures(folder: str | Path) -> list[Path]:
+    """Draw every table of `folder` that has a figure and is not empty; returns the PNG files.
+
+    Raises FileNotFoundError, naming the command, when no table is there.
+    """
+    import pandas as pd
+
+    folder = Path(folder)
+    drawn = []
+    tables = {name: folder / f"{name}.csv" for name in FIGURES}
+    if not any(path.is_file() for path in tables.values()):
+        raise FileNotFoundError(f"{folder} holds no tables; `vrag reproduce-paper --report-only` writes them")
+    for name, path in tables.items():
+        picture = folder / f"{name}.png"
+        picture.unlink(missing_ok=True)  # that no figure of rows which are gone stays beside the tables
+        if not path.is_file() or not path.read_text().strip():
+            continue
+        table = pd.read_csv(path)
+        if name in ("effects", "ablations"):
+            table = table[table["verdict"] != "not measured"]
+        if not table.empty:
+            drawn.append(save_figure(FIGURES[name](table), picture))
+    return drawn
+
+
+def table_1(table: pd.DataFrame) -> Figure:
+    """Accuracy by method, overall and by kind of question: one panel each, a row per method."""
+    kinds = ("overall", "single", "multi", *_ELEMENTS)
+    figure = Figure(figsize=(13, 1.4 + 0.3 * len(table)), layout="constrained")
+    axes = figure.subplots(1, len(kinds), sharey=True, width_ratios=[1.7] + [1] * (len(kinds) - 1))
+    places = np.arange(len(table))[::-1]
+    for ax, kind in zip(axes, kinds, strict=True):
+        paper = table["paper_7b"] if kind == "overall" else table[f"paper_{kind}"]
+        ax.errorbar(table[kind], places, xerr=_errors(table, kind), fmt="o", color=COLOURS[0], ms=4, capsize=2)
+        ax.plot(paper, places, "D", mfc="none", color=COLOURS[1], ms=5)
+        ax.set(title=kind, xlim=(-4, 104), xticks=[0, 50, 100])
+        ax.grid(axis="y", color="#edf2f7")
+        _plain(ax)
+    names = [
+        f"{cell} ({name})" if isinstance(name, str) else cell for cell, name in table[["cell", "paper_name"]].values
+    ]
+    axes[0].set_yticks(places, names, fontsize=8)
+    handles = [
+        axes[0].plot([], [], "o-", color=COLOURS[0], ms=4, label="here, MiniDocs")[0],
+        axes[0].plot([], [], "D", mfc="none", color=COLOURS[1], label="paper, 7B (by kind: SlideVQA, MMLongBench)")[0],
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=8)
+    figure.suptitle("Table 1: accuracy, %", fontsize=11)
+    return figure
+
+
+def table_2(table: pd.DataFrame) -> Figure:
+    """Accuracy by reward and actions."""
+    names = [f"{reward}\n{actions}" for reward, actions in zip(table["reward"], table["actions"], strict=True)]
+    return _two_sources(table, names, [("accuracy", "paper", "accuracy, %")], "Table 2: reward × crop")
+
+
+def table_3(table: pd.DataFrame) -> Figure:
+    """Invalid actions and finished trajectories before and after RL."""
+    panels = [("invalid_rate", "paper_invalid", "invalid replies, %"), ("finish_rate", "paper_finish", "finished, %")]
+    return _two_sources(table, list(table["cell"]), panels, "Table 3: before and after RL")
+
+
+def figure_3(table: pd.DataFrame) -> Figure:
+    """Accuracy by pages in context, the gold pages as bound."""
+    figure = Figure(figsize=(6.5, 3.8), layout="constrained")
+    ax = figure.subplots()
+    found, bound = table[table["pages_given"].notna()], table[table["pages_given"].isna()]
+    ax.errorbar(found["pages_given"], found["accuracy"], yerr=_errors(found, "accuracy"), fmt="o-", color=COLOURS[0],
+                capsize=2, label="here")  # fmt: skip
+    ax.plot(found["pages_given"], found["paper"], "D--", mfc="none", color=COLOURS[1], label="paper (read off)")
+    for row in bound.itertuples():
+        ax.axhline(row.accuracy, color=COLOURS[0], linewidth=1, label="here, gold pages")
+        ax.axhspan(row.accuracy_low, row.accuracy_high, color=COLOURS[0], alpha=0.12)
+        ax.axhline(row.paper, color=COLOURS[1], linewidth=1, linestyle="--", label="paper, bound")
+    ax.set(xlabel="pages in context", ylabel="accuracy, %", title="Figure 3: pages in context", ylim=(0, None))
+    ax.set_xticks(sorted(found["pages_given"]))
+    ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    _plain(ax)
+    return figure
+
+
+def figure_4(table: pd.DataFrame) -> Figure:
+    """Retrieval by who writes the query."""
+    series = {"first_gold": "first page shown is a gold page", "gold_seen": "any page shown is"}
+    return _bars(table, "query", series, "% of questions", "Figure 4: retrieval by query")
+
+
+def figure_5(table: pd.DataFrame) -> Figure:
+    """Accuracy by element, with and without crop."""
+    elements = [element for element in _ELEMENTS if element in set(table["element"])]
+    methods = list(dict.fromkeys(table["method"]))
+    figure = Figure(figsize=(7.5, 3.8), layout="constrained")
+    ax = figure.subplots()
+    for i, method in enumerate(methods):
+        part = table[table["method"] == method].set_index("element").reindex(elements)
+        places = np.arange(len(elements)) + (i - (len(methods) - 1) / 2) * 0.8 / len(methods)
+        ax.bar(places, part["accuracy"], 0.8 / len(methods), yerr=_errors(part, "accuracy"), capsize=2,
+               label=method, color=COLOURS[i])  # fmt: skip
+    ax.set_xticks(range(len(elements)), elements)
+    ax.set(ylabel="accuracy, %", title="Figure 5: crop by element of the answer")
+    ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    _plain(ax)
+    return figure
+
+
+def figure_6(table: pd.DataFrame) -> Figure:
+    """Seconds and replies per trajectory by method, stacked by phase."""
+    figure = Figure(figsize=(11, 1.6 + 0.42 * len(table)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    places = np.arange(len(table))[::-1]
+    seconds = {"seconds_generate": "writing", "seconds_retrieve": "searching"}
+    replies = {"searches": "searches", "crops": "crops", "answers": "answers", "invalid": "invalid"}
+    for ax, parts, total, xlabel in (
+        (left, seconds, "seconds", "seconds per trajectory"),
+        (right, replies, "turns", "replies per trajectory"),
+    ):
+        start = np.zeros(len(table))
+        for (column, label), colour in zip(parts.items(), COLOURS, strict=False):
+            width = table[column].fillna(0).to_numpy()
+            ax.barh(places, width, 0.7, left=start, color=colour, label=label)
+            start += width
+        ax.errorbar(table[total], places, xerr=_errors(table, total), fmt="none", color="black", capsize=2)
+        ax.set_xlabel(xlabel)
+        ax.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, frameon=False)
+        _plain(ax)
+    left.set_yticks(places, table["method"])
+    figure.suptitle("Figure 6: latency and turns by phase", fontsize=11)
+    return figure
+
+
+def effects(table: pd.DataFrame) -> Figure:
+    """Differences with their intervals, coloured by verdict; accuracies and shares in points."""
+    in_points = ("accuracy", "invalid_rate", "finish_rate", "first_gold")
+    shown = table[table["column"].isin(in_points)]
+    figure = Figure(figsize=(10, 1.3 + 0.32 * len(shown)), layout="constrained")
+    ax = figure.subplots()
+    places = np.arange(len(shown))[::-1]
+    for place, row in zip(places, shown.itertuples(), strict=True):
+        colour = VERDICTS.get(row.verdict, _GREY)
+        ax.plot([row.low, row.high], [place, place], color=colour, linewidth=2)
+        ax.plot(row.difference, place, "o", color=colour, ms=5)
+        if not math.isnan(row.paper):
+            ax.plot(row.paper, place, "D", mfc="none", color="black", ms=5)
+    ax.axvline(0, color="black", linewidth=0.8)
+    ax.set_yticks(places, shown["effect"], fontsize=8)
+    ax.set(xlabel="difference in points [95 %], grey: Holm's p not below 0.05", ylim=(-0.7, len(shown) - 0.3))
+    ax.grid(axis="y", color="#edf2f7")
+    verdicts = [*VERDICTS, "not resolved"]
+    for name in [v for v in verdicts if v in set(shown["verdict"])]:
+        ax.plot([], [], "o-", color=VERDICTS.get(name, _GREY), label=name)
+    if shown["paper"].notna().any():
+        ax.plot([], [], "D", mfc="none", color="black", linestyle="none", label="paper, 7B")
+    ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    _plain(ax)
+    return figure
+
+
+def _two_sources(table: pd.DataFrame, names: list[str], panels: list[tuple[str, str, str]], title: str) -> Figure:
+    """Bars of ours with the paper's numbers as hollow marks: one panel per (column, the paper's column, axis label)."""
+    figure = Figure(figsize=(max(5.5, 1.6 * len(names)) * (1 + 0.5 * (len(panels) - 1)), 3.6), layout="constrained")
+    for ax, (column, paper, label) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        places = np.arange(len(names))
+        ax.bar(places, table[column], 0.6, yerr=_errors(table, column), capsize=3, color=COLOURS[0], label="here")
+        ax.plot(places, table[paper], "D", mfc="white", color=COLOURS[1], linestyle="none", label="paper, 7B")
+        ax.set_xticks(places, names, fontsize=8)
+        ax.set(ylabel=label, ylim=(0, None))
+        _plain(ax)
+    ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def _bars(table: pd.DataFrame, label: str, series: dict[str, str], ylabel: str, title: str) -> Figure:
+    """Grouped bars with intervals, one group per row, one bar per column of `series`."""
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    ax = figure.subplots()
+    for i, (column, name) in enumerate(series.items()):
+        places = np.arange(len(table)) + (i - (len(series) - 1) / 2) * 0.8 / len(series)
+        ax.bar(places, table[column], 0.8 / len(series), yerr=_errors(table, column), capsize=2, label=name,
+               color=COLOURS[i])  # fmt: skip
+    ax.set_xticks(range(len(table)), table[label], fontsize=8)
+    ax.set(ylabel=ylabel, title=title, ylim=(0, 104))
+    ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    _plain(ax)
+    return figure
+
+
+def _errors(table: pd.DataFrame, column: str) -> np.ndarray:
+    """(2, rows): how far the interval reaches below and above."""
+    middle = table[column].to_numpy(float)
+    return np.clip([middle - table[f"{column}_low"], table[f"{column}_high"] - middle], 0, None)
+
+
+def _plain(ax: Axes) -> None:
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.set_axisbelow(True)
+
+
+FIGURES = {
+    "table_1": table_1,
+    "table_2": table_2,
+    "table_3": table_3,
+    "figure_3": figure_3,
+    "figure_4": figure_4,
+    "figure_5": figure_5,
+    "figure_6": figure_6,
+    "effects": effects,
+    "ablations": effects,
+}
+"""What draws each table."""

@@ -1,0 +1,283 @@
+"""The report of the matrix: tables as CSV, figures drawn from them, and one page that says what agrees with the paper.
+
+    write_report(load_config("laptop", experiment=True))
+
+writes the page, `results/REPORT.md` (other presets than `laptop`: `results/REPORT_<preset>.md`), and
+`results/<preset>/paper/`: CSV, PNG, and `README.md` with all tables and figures. Everything is made from the rows of
+finished cells; nothing is run. Every sentence about a result follows from a table.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vrag_lib.config import Config, provenance
+from vrag_lib.matrix import SEEDS, MatrixError, Outcome, read_rows, states
+from vrag_lib.paper_figures import draw_figures
+from vrag_lib.paper_numbers import SCORE_BEHAVIOUR
+from vrag_lib.paper_tables import TYPES, make_tables, seeds_spread
+from vrag_lib.rendering import write_atomically
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+COMMAND = "vrag reproduce-paper"
+
+
+def write_report(config: Config, seeds: int = SEEDS) -> Path:
+    """Write tables, figures and the page from the finished cells; returns the page.
+
+    seeds: how many the matrix was meant to have, to say what is missing. Raises MatrixError when no cell is finished.
+    """
+    rows = read_rows(config)
+    if not rows:
+        raise MatrixError(f"{config.folder('matrix')} holds no finished cell; `{COMMAND}` runs them")
+    folder = config.folder("paper")
+    folder.mkdir(parents=True, exist_ok=True)
+    tables = make_tables(rows)
+    for name, table in tables.items():
+        write_atomically(folder / f"{name}.csv", table.to_csv(index=False, float_format="%.6g").encode())
+    record = {"cells": {name: sorted(map(int, set(frame["seed"]))) for name, frame in rows.items()}}
+    record |= {"provenance": provenance(config.seed)}
+    write_atomically(folder / "provenance.json", (json.dumps(record, indent=1) + "\n").encode())
+    names = [path.stem for path in draw_figures(folder)]
+    spread = {name: seeds_spread(frame) for name, frame in rows.items() if frame["seed"].nunique() > 1}
+    write_atomically(folder / "README.md", tables_text(config, tables, spread, names).encode())
+    page = Path(config.results) / _page(config)
+    write_atomically(page, page_text(config, tables, states(config, seeds=seeds), names).encode())
+    return page
+
+
+def page_text(
+    config: Config, tables: Mapping[str, pd.DataFrame], found: Sequence[Outcome], pictures: Sequence[str]
+) -> str:
+    """The page. found: what there is of each cell and seed. pictures: names of the figures drawn."""
+    folder = f"{config.preset}/paper"
+    parts = [
+        f"# The paper's experiments in miniature (preset `{config.preset}`)",
+        _what(config, tables, found),
+        "## What agrees with the paper",
+        _verdicts(tables["effects"]),
+        _effects(tables["effects"]),
+        *(f"![{name}]({folder}/{name}.png)" for name in ("effects", "table_1") if name in pictures),
+        "## Ablations that nobody published",
+        _ablations(tables["ablations"]),
+        "## How sure",
+        _how_sure(tables),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def tables_text(
+    config: Config, tables: Mapping[str, pd.DataFrame], spread: Mapping[str, Sequence[float]], pictures: Sequence[str]
+) -> str:
+    """All tables and figures. spread: accuracy by training seed, of cells with several."""
+    order = ("table_1", "table_2", "table_3", "figure_3", "figure_4", "figure_5", "figure_6", "effects", "ablations")
+    parts = [
+        f"# Tables and figures (preset `{config.preset}`)",
+        _table_1(tables["table_1"]),
+        _table_2(tables["table_2"]),
+        _table_3(tables["table_3"]),
+        _figure_6(tables["figure_6"]),
+        *(f"![{name}]({name}.png)" for name in order if name in pictures),
+        _spread(spread),
+        f"What the numbers mean and how sure they are: [the report](../../{_page(config)}).",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _page(config: Config) -> str:
+    return "REPORT.md" if config.preset == "laptop" else f"REPORT_{config.preset}.md"
+
+
+def _what(config: Config, tables: Mapping[str, pd.DataFrame], found: Sequence[Outcome]) -> str:
+    done = sum(outcome.state == "finished" for outcome in found)
+    failed = [outcome for outcome in found if outcome.state == "failed"]
+    questions = tables["cells"]["questions"].max()
+    lines = [
+        "Models answer questions on generated documents (MiniDocs), on the laptop preset tiny ones trained from "
+        "nothing. That can show whether an effect of the paper has the same direction here; it says nothing about its "
+        "size at 7B. An effect that cannot be told from zero is called not resolved.",
+        f"{done} of {len(found)} cells × seeds are finished, on {questions} answerable test questions. Generated by "
+        f"`{COMMAND} --report-only` from the rows in `{config.preset}/matrix/`; all tables and figures: "
+        f"[{config.preset}/paper]({config.preset}/paper/README.md).",
+    ]
+    if failed:
+        named = "; ".join(f"`{outcome.cell}` seed {outcome.seed}: {outcome.error}" for outcome in failed)
+        lines.append(f"**Failed:** {named}")
+    missing = list(dict.fromkeys(o.cell for o in found if o.state in ("missing", "begun")))
+    if missing:
+        lines.append(f"Not finished with every seed: {', '.join(f'`{name}`' for name in missing)}.")
+    return "\n\n".join(lines)
+
+
+def _verdicts(effects: pd.DataFrame) -> str:
+    lines = []
+    for verdict in ("agrees", "disagrees", "not resolved", "not measured"):
+        names = list(effects.loc[effects["verdict"] == verdict, "effect"])
+        if names:
+            lines.append(f"- **{verdict}** ({len(names)} of {len(effects)}): {'; '.join(names)}")
+    return "\n".join(lines)
+
+
+def _effects(effects: pd.DataFrame) -> str:
+    measured = effects[effects["verdict"] != "not measured"]
+    rows = [
+        (
+            row.effect + (f" ({row.note})" if row.note else ""),
+            f"`{row.a}` − `{row.b}`",
+            _signed(row.difference, row.low, row.high, row.column),
+            _p(row.p_holm),
+            f"{'+' if row.paper_sign > 0 else '-'} (not printed)" if math.isnan(row.paper) else _points(row.paper),
+            row.score or "",
+            row.source,
+            row.verdict,
+        )
+        for row in measured.itertuples()
+    ]
+    head = ("effect", "cells", "here [95 %]", "p, Holm", "paper, 7B", "SCORE, SlideVQA / ViDoSeek", "from", "sign")
+    return _markdown(head, rows)
+
+
+def _table_1(table: pd.DataFrame) -> str:
+    if table.empty:
+        return ""
+    rows = [
+        (
+            f"`{row['cell']}`",
+            row["about"],
+            _cell(row, "overall"),
+            *(_cell(row, kind) for kind in TYPES),
+            f"{row['failed']} / {row['trajectories']}",
+            row["seeds"],
+            _two(row["paper_7b"], row["paper_3b"]),
+            _two(row["score_slidevqa"], row["score_vidoseek"]),
+        )
+        for row in table.to_dict("records")
+    ]
+    head = ("cell", "", "overall", *TYPES, "no answer", "seeds", "paper 7B / 3B", "SCORE SlideVQA / ViDoSeek")
+    return "**Table 1.** Accuracy, % [95 %].\n\n" + _markdown(head, rows)
+
+
+def _table_2(table: pd.DataFrame) -> str:
+    if table.empty:
+        return ""
+    rows = [
+        (row["reward"], row["actions"], _cell(row, "accuracy"), f"{row['failed']} / {row['trajectories']}",
+         row["seeds"], _number(row["paper"]))
+        for row in table.to_dict("records")
+    ]  # fmt: skip
+    head = ("reward", "actions", "accuracy", "no answer", "seeds", "paper 7B")
+    return "**Table 2.** Reward × crop, after SFT; accuracy, % [95 %].\n\n" + _markdown(head, rows)
+
+
+def _table_3(table: pd.DataFrame) -> str:
+    if table.empty:
+        return ""
+    rows = [
+        (f"`{row['cell']}`", _cell(row, "invalid_rate"), _number(row["paper_invalid"]), _cell(row, "finish_rate"),
+         _number(row["paper_finish"]), row["seeds"])
+        for row in table.to_dict("records")
+    ]  # fmt: skip
+    head = ("", "invalid replies", "paper 7B", "finished", "paper 7B", "seeds")
+    return "**Table 3.** Before and after RL; % [95 %].\n\n" + _markdown(head, rows)
+
+
+def _figure_6(table: pd.DataFrame) -> str:
+    if table.empty:
+        return ""
+    columns = {"turns": "replies", "searches": "searches", "crops": "crops", "gold_recall": "gold pages seen, %",
+               "pages": "pages", "noise_pages": "noise pages", "tokens_sampled": "tokens",
+               "seconds": "seconds"}  # fmt: skip
+    rows = [(row["method"], *(_cell(row, name) for name in columns)) for row in table.to_dict("records")]
+    known = {name: _number(SCORE_BEHAVIOUR[name], 2) for name in columns if name in SCORE_BEHAVIOUR}
+    rows.append(("VRAG-RL-7B in SCORE", *(known.get(name, "") for name in columns)))
+    return (
+        "**Behaviour and cost** per trajectory [95 %] (Figure 6; seconds are shared out over the conversations of a "
+        "batch and depend on the machine).\n\n" + _markdown(("", *columns.values()), rows)
+    )
+
+
+def _ablations(table: pd.DataFrame) -> str:
+    measured = table[table["verdict"] != "not measured"]
+    rows = [
+        (
+            row.effect + (f" ({row.note})" if row.note else ""),
+            f"`{row.a}` − `{row.b}`",
+            _signed(row.difference, row.low, row.high, row.column),
+            _p(row.p_holm),
+            row.seeds,
+            row.verdict,
+        )
+        for row in measured.itertuples()
+    ]
+    left = list(table.loc[table["verdict"] == "not measured", "effect"])
+    note = f"\n\nNot measured: {'; '.join(left)}." if left else ""
+    return _markdown(("change", "cells", "accuracy [95 %]", "p, Holm", "seeds", "result"), rows) + note
+
+
+def _how_sure(tables: Mapping[str, pd.DataFrame]) -> str:
+    measured = {name: int(tables[name]["p"].notna().sum()) for name in ("effects", "ablations")}
+    lines = [
+        "- Intervals are 95 % percentile bootstrap intervals of 10,000 resamples: questions are drawn with "
+        "replacement, the same for all cells, and where a cell was trained several times its seeds as well, "
+        "independently. With few seeds the second part is rough; with one, the interval says nothing about training "
+        "again. Differences are paired by question, and by seed where both cells have the same.",
+        f"- P-values of the {measured['effects']} measured effects of the paper, and of the {measured['ablations']} "
+        "measured ablations, are corrected by Holm's method within each of the two families; below 0.05 an effect "
+        "counts as resolved. The intervals shown are not corrected.",
+        "- A trajectory without answer, for whatever reason, is wrong, and stays in every number. Answers are judged "
+        "by rule, replies are greedy.",
+        "- Neither the paper nor the re-run gives intervals; that a sign agrees is all that can be said. Their models, "
+        "documents, judge and retriever are others.",
+        "- What stands in for the paper's instruct model, and which trajectories cells without crop learn from, is "
+        "said in `vrag_lib/matrix_cells.py`.",
+    ]
+    return "\n".join(lines)
+
+
+def _spread(spread: Mapping[str, Sequence[float]]) -> str:
+    if not spread:
+        return ""
+    rows = [(f"`{name}`", ", ".join(f"{value:.1f}" for value in values)) for name, values in spread.items()]
+    return "**Accuracy by training seed**, %.\n\n" + _markdown(("cell", "seeds in order"), rows)
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
+
+
+def _number(value: float, digits: int = 1) -> str:
+    return "" if math.isnan(value) else f"{value:.{digits}f}".removesuffix(".00")
+
+
+def _two(first: float, second: float) -> str:
+    return "" if math.isnan(first) else f"{first:.1f} / {second:.1f}"
+
+
+def _points(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:+.1f}"
+
+
+def _cell(row: Mapping[str, float], name: str) -> str:
+    """A number with its interval, with more digits where it is small and no share."""
+    value, low, high = row[name], row[f"{name}_low"], row[f"{name}_high"]
+    if math.isnan(value):
+        return ""
+    digits = 0 if abs(value) >= 1000 else 2 if name in ("turns", "searches", "crops", "pages", "noise_pages",
+                                                          "seconds") else 1  # fmt: skip
+    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def _signed(value: float, low: float, high: float, column: str) -> str:
+    digits = 2 if column in ("seconds", "searches") else 1
+    return f"{value:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+
+
+def _p(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
