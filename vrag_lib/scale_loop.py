@@ -264,9 +264,13 @@ def in_processes(count: int, function: Callable[..., None], *arguments: Any) -> 
 def _process(
     rank: int, count: int, meeting: str, threads: int, function: Callable[..., None], arguments: tuple[Any, ...]
 ) -> None:
+    import signal
+
     import torch
     import torch.distributed as dist
 
+    # When the parent dies torch interrupts its children; one started in the background would not hear of it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(threads)
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=count)
     try:

@@ -22,7 +22,7 @@ TARGETS = {("crop", "all"): 0.95, ("region", "all"): 0.85, ("title", "all"): 0.9
 CEILING = {("page", "table and chart"): 0.50}
 """What it must not exceed, or looking closer would not pay."""
 
-_HELD_OUT = ("validation", "chars_em")
+_HELD_OUT = ("validation", "held out")
 """How the columns of a curve begin that were measured on pages never trained on."""
 
 _NAMES = {
@@ -59,8 +59,8 @@ def make_policy(
 
 
 def draw_curves(folder: Path) -> list[Path]:
-    """Beside every training curve (CSV with a `step` and a `loss`) of a folder its figure: loss, losses that stand
-    beside it, rates on the training steps, rates on held-out pages."""
+    """Beside every training curve (CSV with a `step` and a `loss`) of a folder its figure: loss, rates on the training
+    steps, rates on held-out pages."""
     import pandas as pd
 
     from vrag_lib.plots import curves_figure, save_figure
@@ -71,13 +71,10 @@ def draw_curves(folder: Path) -> list[Path]:
         if not {"step", "loss"} <= set(table.columns):
             continue
         others = [name for name in table.columns if name not in ("step", "loss", "validation loss", "seconds")]
-        parts = [name for name in others if "_loss" in name]
-        rates = [name for name in others if name not in parts]
-        held_out = [name for name in rates if name.startswith(_HELD_OUT)]
+        held_out = [name for name in others if name.startswith(_HELD_OUT)]
         panels = {
             "loss": [name for name in ("loss", "validation loss") if name in table],
-            "losses beside it": parts,
-            "right on training steps": [name for name in rates if name not in held_out],
+            "right on training steps": [name for name in others if name not in held_out],
             "right on held-out pages": held_out,
         }
         panels = {title: names for title, names in panels.items() if names}
@@ -147,9 +144,10 @@ Every answer is in `results/laptop/scale_model/policy/perception_probes.csv`.
 
 ## How it was made
 `vrag scale-model policy`, seed {seed}, from random weights, on generated images alone (no photographs, no
-scraped text, no other model): {stages}. First the vision tower names the characters of every cell of pages of
-random text, then the first layers of the language model learn which cells show which word, then the language
-model learns to read through the fixed tower, then everything is trained together.
+scraped text, no other model): {stages}. First the vision tower learns to tell, cell by cell, the characters and
+words of pages of random text and of MiniDocs training pages, and the boxes of what those words name; then the language
+model learns to read through the fixed tower, some of its heads shown where to look; then everything is trained
+together.
 Curves are in `results/laptop/scale_model/policy/`, settings and versions in `training.json`.
 {note}
 ## Limits

@@ -51,7 +51,7 @@ _VISION = {
     "spatial_merge_size": 2,
     "temporal_patch_size": 2,
     "window_size": 112,
-    "fullatt_block_indexes": [2],
+    "fullatt_block_indexes": [1, 3],
 }
 _LANGUAGE = {
     "hidden_size": 192,

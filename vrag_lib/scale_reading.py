@@ -7,16 +7,16 @@ how the language model first learns to read what a fixed tower sees.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vrag_lib.geometry import PATCH, Box
+from vrag_lib.geometry import Box
+from vrag_lib.scale_cells import halves_of
 from vrag_lib.scale_loop import Counts
-from vrag_lib.scale_tasks import Sample
+from vrag_lib.scale_tasks import Asked, Sample
 from vrag_lib.scale_vision import Grid, Images, OnDevice, arrange, encode_images, patchify
 
 if TYPE_CHECKING:
@@ -31,15 +31,13 @@ END = "<|im_end|>"
 Head = tuple[int, int]
 """Layer and head of the language model, counted from 0."""
 
-NAME_TO_CELLS: tuple[Head, ...] = ((1, 1), (2, 0))
-ANSWER_TO_NAME: tuple[Head, ...] = ((1, 2), (2, 1))
+NAME_TO_HALF: tuple[Head, Head] = ((1, 0), (1, 1))
+NAME_TO_CARD: Head = (1, 2)
+ANSWER_TO_NAME: Head = (2, 1)
 ANSWER_TO_CELLS: tuple[Head, ...] = ((2, 0), (3, 0))
-"""Heads that are shown where to look: the last token of what a question names, at the cells where it stands; an answer
-while it is written, at that token and at the cells that hold the answer."""
-
-
-BOX_KINDS = ("region", "line")
-"""Kinds of questions that a box answers."""
+"""Heads that are shown where to look. The last token of what a question names: at the cells that show it in their upper
+half, in their lower half, or as a card named by its place; at the first token of all where there are none.
+An answer while it is written: at that last token, and at the cells where the next of it is to be read."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +55,7 @@ class Batch(OnDevice):
 
     input_ids, is_image (B, T); position_ids (3, B, T), Qwen's multimodal ones. The tokens to learn, answer by answer:
     `row` and `column` (N,) say where they stand, `answer` (N,) to which answer they belong; `kinds` says what kind of
-    question each answer answers. `gaze` says, head by head, which tokens should look where; `boxes`
-    (N, 4) is the box that the answer of each token to learn names, in cells, NaN for other answers.
+    question each answer answers. `gaze` says, head by head, which tokens should look where.
     """
 
     input_ids: torch.Tensor
@@ -70,7 +67,6 @@ class Batch(OnDevice):
     answer: torch.Tensor
     kinds: tuple[str, ...]
     gaze: dict[Head, Gaze]
-    boxes: torch.Tensor
 
     def to(self, device: Any) -> Batch:
         moved = super().to(device)
@@ -102,73 +98,95 @@ def position_ids(first_image: int, grid: Grid, length: int) -> np.ndarray:
     return np.concatenate([np.tile(np.arange(first_image), (3, 1)), image, np.tile(after, (3, 1))], 1)
 
 
-def cells_of(place: Box, grid: Grid) -> np.ndarray:
-    """The cells (rows * columns,), true or false, that a box in shown pixels covers: those it covers at least a third
-    as much as the one it covers most.
+def part_of(place: Box, answer: str, start: int, end: int) -> Box:
+    """Where characters `start` to `end` of an answer stand that is printed in a box in one line, letters taken as
+    equally wide.
 
-    >>> cells_of(Box(20, 0, 56, 28), (1, 3)).tolist()
-    [False, True, False]
+    >>> part_of(Box(10, 0, 50, 9), "1,234", 1, 2)
+    Box(x1=18.0, y1=0, x2=26.0, y2=9)
     """
-    down, right = np.arange(grid[0]) * PATCH, np.arange(grid[1]) * PATCH
-    over_y = np.clip(np.minimum(place.y2, down + PATCH) - np.maximum(place.y1, down), 0, None)
-    over_x = np.clip(np.minimum(place.x2, right + PATCH) - np.maximum(place.x1, right), 0, None)
-    covered = (over_y[:, None] * over_x).reshape(-1)
-    return covered * 3 >= max(covered.max(), 1e-6)
+    step = place.width / len(answer)
+    return Box(place.x1 + start * step, place.y1, place.x1 + end * step, place.y2)
+
+
+Span = tuple[int, int, int]
+Look = tuple[Head, int, int, list[int]]
+"""A head, row and column of the token that looks, columns of those it should look at."""
+
+
+def looks_of_name(
+    places: Sequence[Box], card: bool, row: int, first_cell: int, grid: Grid, named_at: int
+) -> list[Look]:
+    """Where the heads of names should look for a name whose last token stands in column `named_at`."""
+    at = [(first_cell + cell, half) for box in places for cell, half in halves_of(box, grid)]
+    looks: list[Look] = []
+    for number, head in enumerate(NAME_TO_HALF):
+        looks.append((head, row, named_at, [cell for cell, half in at if half == number and not card] or [0]))
+    return [*looks, (NAME_TO_CARD, row, named_at, [cell for cell, _ in at if card] or [0])]
+
+
+def looks_of(turn: Asked, row: int, first_cell: int, grid: Grid, named_at: int, spans: Sequence[Span]) -> list[Look]:
+    """Where heads should look for one question: `named_at` is the column of the last token of what it names, `spans`
+    column and characters (column, start, end) of each token of the answer."""
+    found: list[Look] = []
+    if turn.named_places:
+        found += looks_of_name(turn.named_places, turn.card, row, first_cell, grid, named_at)
+    for column, start, end in spans:
+        # What predicts a token is the token before it.
+        if turn.named_places:
+            found.append((ANSWER_TO_NAME, row, column - 1, [named_at]))
+        if not turn.places or (turn.printed and end <= start):
+            continue
+        boxes = [part_of(turn.places[0], turn.answer, start, end)] if turn.printed else turn.places
+        cells = [first_cell + cell for box in boxes for cell, _ in halves_of(box, grid)]
+        found += [(head, row, column - 1, cells) for head in ANSWER_TO_CELLS]
+    return found
 
 
 def make_batch(tokenizer: Any, samples: Sequence[Sample]) -> Batch:
     """Encode samples as one batch."""
     import torch
 
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False)
+
     rows: list[list[int]] = []
     where: list[tuple[int, int, int]] = []
     kinds: list[str] = []
-    written: list[tuple[float, ...]] = []
-    looks: list[tuple[Head, int, int, tuple[Box, ...] | int]] = []  # head, row, column, places or another column
+    looks: list[Look] = []
+    image = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    starts = []
     for row, sample in enumerate(samples):
         ids = opening_ids(tokenizer, sample.grid[0] * sample.grid[1])
+        starts.append(ids.index(image))
         for word, boxes in sample.words:
-            ids += tokenizer.encode(" " + word, add_special_tokens=False)
-            looks += [(head, row, len(ids) - 1, boxes) for head in NAME_TO_CELLS]
+            ids += encode(" " + word)
+            looks += looks_of_name(boxes, False, row, starts[-1], sample.grid, len(ids) - 1)
         for number, turn in enumerate(sample.turns):
-            before = tokenizer.encode(AGAIN, add_special_tokens=False) if number else []
-            named_at = None
-            end = turn.question.rfind(turn.named) + len(turn.named)
-            if turn.named_place is not None and turn.named and end >= len(turn.named):
-                named = len(tokenizer.encode(turn.question[:end], add_special_tokens=False))
-                named_at = len(ids) + len(before) + named - 1
-                looks += [(head, row, named_at, (turn.named_place,)) for head in NAME_TO_CELLS]
-            ids += before + tokenizer.encode(turn.question + ASK, add_special_tokens=False)
-            said = tokenizer.encode(turn.answer + END, add_special_tokens=False)
-            for i in range(len(said)):
-                where.append((row, len(ids) + i, len(kinds)))
-                written.append(_in_cells(turn.place) if turn.kind in BOX_KINDS else (math.nan,) * 4)
-                if turn.place is not None:
-                    looks += [(head, row, len(ids) + i - 1, (turn.place,)) for head in ANSWER_TO_CELLS]
-                if named_at is not None:
-                    looks += [(head, row, len(ids) + i - 1, named_at) for head in ANSWER_TO_NAME]
+            ids += encode(AGAIN) if number else []
+            named_end = turn.question.rfind(turn.named) + len(turn.named)
+            named_at = len(ids) + len(encode(turn.question[:named_end])) - 1
+            ids += encode(turn.question + ASK)
+            said = tokenizer(turn.answer + END, add_special_tokens=False, return_offsets_mapping=True)
+            length = len(turn.answer)
+            spans = [(len(ids) + i, start, min(end, length)) for i, (start, end) in enumerate(said["offset_mapping"])]
+            looks += looks_of(turn, row, starts[-1], sample.grid, named_at, spans)
+            where += [(row, column, len(kinds)) for column, _, _ in spans]
             kinds.append(turn.kind)
-            ids += said
+            ids += said["input_ids"]
         rows.append(ids)
-    pad, image = tokenizer.pad_token_id, tokenizer.convert_tokens_to_ids("<|image_pad|>")
     longest = max(map(len, rows))
-    input_ids = np.full((len(rows), longest), pad)
+    input_ids = np.full((len(rows), longest), tokenizer.pad_token_id)
     for row, ids in enumerate(rows):
         input_ids[row, : len(ids)] = ids
-    starts = [ids.index(image) for ids in rows]
     positions = [position_ids(start, sample.grid, longest) for start, sample in zip(starts, samples, strict=True)]
     images = arrange(np.concatenate([patchify(sample.image) for sample in samples]), [s.grid for s in samples])
     gaze = {}
     for head in sorted({look[0] for look in looks}):
         of_head = [look[1:] for look in looks if look[0] == head]
         gold = np.zeros((len(of_head), longest), bool)
-        for i, (row, _, target) in enumerate(of_head):
-            if isinstance(target, int):
-                gold[i, target] = True
-                continue
-            for place in target:
-                cells = cells_of(place, samples[row].grid)
-                gold[i, starts[row] : starts[row] + len(cells)] |= cells
+        for i, (_, _, columns) in enumerate(of_head):
+            gold[i, columns] = True
         at = torch.tensor([look[:2] for look in of_head])
         gaze[head] = Gaze(at[:, 0], at[:, 1], torch.from_numpy(gold))
     return Batch(
@@ -179,12 +197,7 @@ def make_batch(tokenizer: Any, samples: Sequence[Sample]) -> Batch:
         *torch.tensor(where).reshape(-1, 3).unbind(1),
         tuple(kinds),
         gaze,
-        torch.tensor(written, dtype=torch.float32).reshape(-1, 4),
     )
-
-
-def _in_cells(box: Box) -> tuple[float, ...]:
-    return tuple(v / PATCH for v in box.as_tuple())
 
 
 def embed(model: Any, batch: Batch, train_tower: bool) -> torch.Tensor:
@@ -199,46 +212,20 @@ def embed(model: Any, batch: Batch, train_tower: bool) -> torch.Tensor:
 
 def naming_loss(model: Any, batch: Batch) -> tuple[torch.Tensor, Counts]:
     """Sum of the `gaze_losses` of words at the cells where they stand, which takes the tower, the embeddings and the
-    first layers of the language model; and how often the most attended token is one of those cells."""
+    first layers of the language model."""
     text = model.model.language_model
     hidden = [embed(model, batch, train_tower=next(model.model.visual.parameters()).requires_grad)]
     places = text.rotary_emb(hidden[0], batch.position_ids)
     for layer in text.layers[: max(layer for layer, _ in batch.gaze)]:
         hidden.append(layer(hidden[-1], position_embeddings=places))
-    found: dict[str, tuple[Any, Any]] = {}
-    losses = gaze_losses(text, batch, hidden, found)
-    return sum(losses.values()), found
+    loss, counts = gaze_losses(text, batch, hidden)
+    return loss, {f"naming_{head}": count for head, count in counts.items()}
 
 
-def place_probe(width: int) -> Any:
-    """Reads places, in cells, off the residual stream: an image token's own, and the box that an answer names."""
-    import torch
-
-    return torch.nn.ModuleDict({"own": torch.nn.Linear(width, 2), "box": torch.nn.Linear(width, 4)})
-
-
-def place_loss(probe: Any, batch: Batch, hidden_states: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Mean absolute error, in cells, of what `place_probe` reads: rows and columns of image tokens behind the first
-    layer, boxes of answers while they are written behind the third. What can be read there can be written down."""
-    from torch.nn import functional as F
-
-    start = batch.position_ids[0][batch.is_image]
-    own = batch.position_ids[1:, batch.is_image].T - start[:, None]  # (cells, 2): row, column
-    seen = F.layer_norm(hidden_states[1][batch.is_image], hidden_states[1].shape[-1:])
-    loss = (probe["own"](seen) - own).abs().mean()
-    named = batch.boxes.isfinite().all(1)
-    if named.any():
-        written = hidden_states[3][batch.row[named], batch.column[named] - 1]
-        loss = loss + (probe["box"](F.layer_norm(written, written.shape[-1:])) - batch.boxes[named]).abs().mean()
-    return loss
-
-
-def reading_loss(
-    model: Any, batch: Batch, train_tower: bool, guidance: float = 0.0, probe: Any = None
-) -> tuple[torch.Tensor, Counts]:
+def reading_loss(model: Any, batch: Batch, train_tower: bool, guidance: float = 0.0) -> tuple[torch.Tensor, Counts]:
     """Mean cross-entropy of the answers' tokens, and per kind of question how many answers are right throughout when
     each token is predicted from the true ones before it, which is when greedy decoding would write the same answer.
-    `guidance` is the weight of the `gaze_losses` beside it and, with `probe`, of `place_loss`."""
+    `guidance` is the weight of the `gaze_losses` beside it."""
     import torch
     from torch.nn import functional as F
 
@@ -257,14 +244,10 @@ def reading_loss(
         hits = ((wrong == 0) & member).sum(1)
     counts = {name: (hits[i], float(batch.kinds.count(name))) for i, name in enumerate(names)}
     loss = F.cross_entropy(logits, target)
-    if guidance and probe is not None:
-        places = place_loss(probe, batch, out.hidden_states)
-        counts["place_loss"] = (places.detach(), 1.0)
-        loss = loss + guidance * places
     if guidance:
-        gaze = gaze_losses(model.model.language_model, batch, out.hidden_states)
-        counts |= {f"gaze_loss_{layer}.{head}": (value.detach(), 1.0) for (layer, head), value in gaze.items()}
-        loss = loss + guidance * sum(gaze.values())
+        gaze, found = gaze_losses(model.model.language_model, batch, out.hidden_states)
+        counts |= found
+        loss = loss + guidance * gaze
     return loss, counts
 
 
@@ -283,25 +266,21 @@ def of_head(language_model: Any, head: Head, name: str, x: torch.Tensor, places:
 
 
 def gaze_losses(
-    language_model: Any,
-    batch: Batch,
-    hidden_states: Sequence[torch.Tensor],
-    found: dict[str, tuple[Any, Any]] | None = None,
-) -> dict[Head, torch.Tensor]:
-    """For each guided head minus the log of the attention that it pays to the tokens it should look at, averaged over
-    the tokens that look. `hidden_states[i]` is what layer i reads; `found` takes, head by head, how many tokens look
-    at a right one most."""
+    language_model: Any, batch: Batch, hidden_states: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, Counts]:
+    """Sum over the guided heads of minus the log of the attention that each pays to the tokens it should look at,
+    averaged over the tokens that look, 0 where none does; and how often the token most attended is one of them.
+    `hidden_states[i]` is what layer i reads."""
     import torch
 
-    losses = {}
+    losses, counts = [hidden_states[0].new_zeros(())], {}
     for head, gaze in batch.gaze.items():
         x, scaling = hidden_states[head[0]], language_model.layers[head[0]].self_attn.scaling
         q, k = (of_head(language_model, head, name, x, batch.position_ids) for name in ("q_proj", "k_proj"))
         scores = torch.einsum("ntd,nd->nt", k[gaze.row], q[gaze.row, gaze.column]) * scaling
         later = torch.arange(scores.shape[1], device=scores.device) > gaze.column[:, None]
         paid = scores.masked_fill(later, -torch.inf).log_softmax(-1)
-        losses[head] = -paid.masked_fill(~gaze.gold, -torch.inf).logsumexp(-1).mean()
-        if found is not None:
-            best = gaze.gold.gather(1, paid.argmax(-1)[:, None])
-            found[f"found_{head[0]}.{head[1]}"] = (best.sum(), float(len(best)))
-    return losses
+        losses.append(-paid.masked_fill(~gaze.gold, -torch.inf).logsumexp(-1).mean())
+        best = gaze.gold.gather(1, paid.argmax(-1)[:, None])
+        counts[f"gaze_{head[0]}.{head[1]}"] = (best.sum(), float(len(best)))
+    return torch.stack(losses).sum(), counts

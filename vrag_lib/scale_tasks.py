@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from PIL import Image
 
 from vrag_lib.actions import format_box
 from vrag_lib.geometry import PATCH, Box, Size, View, render
-from vrag_lib.minidocs_canvas import Text, text_width, union
+from vrag_lib.minidocs_canvas import text_width, union
 from vrag_lib.minidocs_content import BOARDS, FLOWS, MEASURES, SHORT_MONTHS
 from vrag_lib.minidocs_documents import MiniDocsConfig, MiniDocument, MiniPage, build_document
 from vrag_lib.minidocs_pages import Fact
@@ -28,7 +28,6 @@ NAME = "Whose page is this?"
 ITEMS = "Which items are listed?"
 TEXT = "Read the text."
 WHERE = "Where is: "
-WHERE_TEXT = "Where is the text: "
 
 BOX_STEP = 4
 """Boxes are written in multiples of this many shown pixels."""
@@ -40,15 +39,21 @@ _FIGURES = {"value": "figure of", "change": "change in", "share": "share of"}
 
 @dataclass(frozen=True)
 class Asked:
-    """A question on an image, what kind of question it is, its answer and, where one place holds it, that `place`.
-    `named` are words of the question that name something on the image, `named_place` is where that stands."""
+    """A question on an image, what kind of question it is and its answer.
+
+    `places` are where the answer is read, for a box the label of its region; `printed` says that there it is printed in
+    one line. `named` ends the part of the question that names something on the image,
+    `named_places` are where that stands, and `card` says that it is named by its place among others.
+    """
 
     kind: str
     question: str
     answer: str
-    place: Box | None = None
+    places: tuple[Box, ...] = ()
+    printed: bool = False
     named: str = ""
-    named_place: Box | None = None
+    named_places: tuple[Box, ...] = ()
+    card: bool = False
 
 
 @dataclass(frozen=True)
@@ -166,6 +171,22 @@ def words(page: MiniPage, view: View, least_em: float = 9) -> dict[str, list[Box
     return found
 
 
+def label_of(fact: Fact) -> str:
+    """The word that a page shows for the item of a fact."""
+    return SHORT_MONTHS[fact.item] if fact.element == "chart" and fact.item in SHORT_MONTHS else fact.item
+
+
+def label_boxes(view: View, fact: Fact, found: Mapping[str, list[Box]]) -> list[Box]:
+    """Where the label of a fact stands inside its region; `found` are the `words` of the view, boxes in its frame."""
+    region = view.to_shown(fact.region_box)
+    inside = []
+    for box in found.get(label_of(fact), found.get(fact.item, [])):
+        x, y = (box.x1 + box.x2) / 2, (box.y1 + box.y2) / 2
+        if region.x1 - 2 <= x <= region.x2 + 2 and region.y1 - 2 <= y <= region.y2 + 2:
+            inside.append(box)
+    return inside
+
+
 class PageSamples:
     """Samples of one page of a document."""
 
@@ -173,6 +194,7 @@ class PageSamples:
         self.document, self.page, self.rng = document, page, rng
         self.writer = PageQuestions(document, page, rng)
         self.image = page.image()
+        self._words: dict[View, dict[str, list[Box]]] = {}
 
     def question(self, fact: Fact) -> str:
         """The question as the benchmark asks it, or in few words."""
@@ -185,66 +207,71 @@ class PageSamples:
         question = self.writer.layout()
         return question.query, question.facts[0][1]
 
+    def any_question(self) -> tuple[str, Fact]:
+        """A question of the benchmark on this page and the fact that answers it."""
+        if "layout" in self.writer.cells and self.rng.random() < 0.6:
+            return self.layout_question()
+        fact = self.rng.choice(self.page.facts)
+        return self.question(fact), fact
+
+    def labels(self, view: View, fact: Fact) -> tuple[Box, ...]:
+        """Where a view shows the label of a fact."""
+        if view not in self._words:
+            self._words[view] = words(self.page, view)
+        return tuple(label_boxes(view, fact, self._words[view]))
+
+    def _asked(self, kind: str, view: View, question: str, fact: Fact, answer: str, places: tuple[Box, ...]) -> Asked:
+        """A question and what it names: an item by its word, or a card by where it is among others."""
+        card = fact.item not in question
+        named = question.rstrip("?") if card else fact.item
+        names = fact.element == "layout" or not card
+        places_of_name = self.labels(view, fact) if names else ()
+        return Asked(kind, question, answer, places, kind != "region", named if names else "", places_of_name, card)
+
     def place_question(self, view: View, fact: Fact | None = None) -> Asked:
         """Where a fact, or any fact, is said, in the frame of a view."""
-        if fact is None and "layout" in self.writer.cells and self.rng.random() < 0.6:
-            question, fact = self.layout_question()
+        if fact is None:
+            question, fact = self.any_question()
         else:
-            fact = fact or self.rng.choice(self.page.facts)
-            question = self.question(fact) if self.rng.random() < 0.7 else phrase(fact)
+            question = self.question(fact)
+        if self.rng.random() < 0.2:
+            question = phrase(fact)
         box = format_box(shown_box(view, fact.region_box))
-        return Asked("region", WHERE + question, box, fact.region_box, fact.item, fact.region_box)
+        return self._asked("region", view, WHERE + question, fact, box, self.labels(view, fact))
 
-    def value_question(self, shown: str, fact: Fact) -> Asked:
-        kind = f"{shown} {fact.element}"
-        return Asked(kind, self.question(fact), fact.value, fact.answer_box, fact.item, fact.region_box)
+    def value_question(self, shown: str, view: View, fact: Fact, question: str = "") -> Asked:
+        place = (view.to_shown(fact.answer_box),)
+        return self._asked(f"{shown} {fact.element}", view, question or self.question(fact), fact, fact.value, place)
 
-    def line_question(self, view: View, text: Text) -> Asked:
-        box = format_box(shown_box(view, text.box))
-        return Asked("line", WHERE_TEXT + text.string, box, text.box, text.string, text.box)
-
-    def place_of(self, string: str) -> Box | None:
-        """Where a string stands by itself on the page."""
-        return next((text.box for text in self.page.canvas.texts if text.string == string), None)
+    def printed(self, kind: str, view: View, question: str, string: str) -> Asked:
+        """A question whose answer stands by itself on the page."""
+        places = [view.to_shown(text.box) for text in self.page.canvas.texts if text.string == string]
+        return Asked(kind, question, string, tuple(places[:1]), bool(places))
 
     def whole(self) -> Sample:
         """The page at its standard size."""
         rng, page, view = self.rng, self.page, page_view(self.page)
         turns: list[Asked] = []
         if page.title and rng.random() < 0.4:
-            turns.append(Asked("title", TITLE, page.title, self.place_of(page.title)))
-        if rng.random() < 0.3:
-            turns.append(Asked("name", NAME, self.document.name, self.place_of(self.document.name)))
-        if page.kind != "cover" and rng.random() < 0.3:
-            items = dict.fromkeys(
-                SHORT_MONTHS.get(f.item, f.item) if page.kind == "line" else f.item for f in page.facts
-            )
-            turns.append(Asked("items", ITEMS, ", ".join(items)))
-        turns += [self.place_question(view) for _ in range(4)]
-        large = [t for t in page.canvas.texts if t.font.px * view.shown.height / view.box.height >= 9]
-        if large and rng.random() < 0.5:
-            text = rng.choice(large)
-            if sum(t.string == text.string for t in page.canvas.texts) == 1:
-                turns.append(self.line_question(view, text))
+            turns.append(self.printed("title", view, TITLE, page.title))
+        if rng.random() < 0.2:
+            turns.append(self.printed("name", view, NAME, self.document.name))
+        if page.kind != "cover" and rng.random() < 0.15:
+            turns.append(Asked("items", ITEMS, ", ".join(dict.fromkeys(label_of(fact) for fact in page.facts))))
+        asked = [self.place_question(view) for _ in range(6)]
+        turns += {turn.answer: turn for turn in asked}.values()
         if rng.random() < (0.7 if page.kind in ("text", "cover") else 0.05):
-            turns.append(self.value_question("page", rng.choice(page.facts)))
+            turns.append(self.value_question("page", view, rng.choice(page.facts)))
         return self._sample(view, turns)
 
     def crop(self) -> Sample:
         """The region of one fact, opened as a crop."""
         rng = self.rng
-        if "layout" in self.writer.cells and rng.random() < 0.5:
-            question, target = self.layout_question()
-        else:
-            target = rng.choice(self.page.facts)
-            question = self.question(target)
+        question, target = self.any_question()
         view = region_view(self.page, target.region_box, rng, target.answer_box)
-        turns = [Asked(f"crop {target.element}", question, target.value, target.answer_box)]
+        turns = [self.value_question("crop", view, target, question)]
         others = [f for f in self.page.facts if _inside(f.answer_box, view.box) and f is not target]
-        turns += [self.value_question("crop", fact) for fact in rng.sample(others, min(2, len(others)))]
-        text = visible_text(self.page, view, 8)
-        if text and rng.random() < 0.4:
-            turns.append(Asked("text", TEXT, text))
+        turns += [self.value_question("crop", view, fact) for fact in rng.sample(others, min(2, len(others)))]
         return self._sample(view, turns)
 
     def several_view(self) -> tuple[View, list[Fact]]:
@@ -267,7 +294,7 @@ class PageSamples:
             if rng.random() < 0.5:
                 turns.append(self.place_question(view, fact))
             elif least_em >= 9:
-                turns.append(self.value_question("several", fact))
+                turns.append(self.value_question("several", view, fact))
         return self._sample(view, turns) if turns else self.crop()
 
     def naming(self) -> Sample:
@@ -277,27 +304,8 @@ class PageSamples:
         self.rng.shuffle(found)
         return Sample(render(self.image, view), (), tuple((word, tuple(boxes)) for word, boxes in found))
 
-    def part(self) -> Sample:
-        """Any part of the page: its text and the place of some of it."""
-        rng, page = self.rng, self.page
-        while True:
-            anchor = rng.choice(page.canvas.texts).box
-            width = anchor.width * rng.uniform(1.0, 1.6) + rng.uniform(10, 160)
-            height = anchor.height + rng.uniform(8, 150)
-            x = anchor.x1 - rng.uniform(0, 1) * (width - anchor.width)
-            y = anchor.y1 - rng.uniform(0, 1) * (height - anchor.height)
-            box = page_view(page).to_shown(Box(x, y, x + width, y + height))
-            view = page_view(page).crop(box, MIN_PIXELS, MAX_PIXELS)
-            text = visible_text(page, view, 8)
-            if text:
-                break
-        turns = [Asked("text", TEXT, text)] if len(text) < 160 else []
-        lines = [t for t in page.canvas.texts if _inside(t.box, view.box) and len(t.string) < 40]
-        turns += [self.line_question(view, line) for line in rng.sample(lines, min(len(lines), 1 if turns else 2))]
-        return self._sample(view, turns) if turns else self.part()
-
-    def close(self) -> Sample:
-        """A small cut-out around one figure at a size that is easy to read: few tokens for much reading."""
+    def close_view(self) -> tuple[View, Fact]:
+        """A small cut-out around one figure at a size that is easy to read, or the crop of its region, and the fact."""
         rng, page = self.rng, self.page
         target = rng.choice(page.facts)
         box = target.answer_box
@@ -309,34 +317,33 @@ class PageSamples:
         columns = max(math.ceil(box.width * scale / PATCH) + 1, rng.randint(3, 16))
         width, height = columns * PATCH / scale, rows * PATCH / scale
         if columns * rows > 48 or width > page.size.width:
-            return self.crop()
+            return region_view(page, target.region_box, rng, target.answer_box), target
         x = min(max(0, rng.uniform(box.x2 - width, box.x1)), page.size.width - width)
         y = min(max(0, rng.uniform(box.y2 - height, box.y1)), page.size.height - height)
         whole = Box(
             int(x), int(y), min(page.size.width, math.ceil(x + width)), min(page.size.height, math.ceil(y + height))
         )
-        view = View(page.size, whole, Size(columns * PATCH, rows * PATCH))
-        touched = [f for f in page.facts if f.answer_box.intersection(whole).area > 0]
-        turns = [self.value_question("crop", target)] if len(touched) == 1 and _inside(box, whole) else []
-        text = visible_text(page, view, 8)
-        if text and (not turns or rng.random() < 0.5):
+        return View(page.size, whole, Size(columns * PATCH, rows * PATCH)), target
+
+    def close(self) -> Sample:
+        """Few tokens for much reading: a question and the text of a small cut-out."""
+        view, target = self.close_view()
+        touched = [f for f in self.page.facts if f.answer_box.intersection(view.box).area > 0]
+        alone = len(touched) == 1 and _inside(target.answer_box, view.box)
+        turns = [self.value_question("crop", view, target)] if alone else []
+        text = visible_text(self.page, view, 8)
+        if text and (not turns or self.rng.random() < 0.5):
             turns.append(Asked("text", TEXT, text))
         return self._sample(view, turns) if turns else self.crop()
 
     def _sample(self, view: View, turns: list[Asked]) -> Sample:
-        """The questions in random order, their places in the frame of the view."""
+        """The questions in random order."""
         self.rng.shuffle(turns)
-
-        def shown(box: Box | None) -> Box | None:
-            return None if box is None else view.to_shown(box)
-
-        asked = (replace(turn, place=shown(turn.place), named_place=shown(turn.named_place)) for turn in turns)
-        return Sample(render(self.image, view), tuple(asked))
+        return Sample(render(self.image, view), tuple(turns))
 
 
-MIX = {"whole": 1, "crop": 2, "several": 1, "part": 1, "close": 0}
-"""Samples per page of the final stage: the page, crops of facts, of several facts, any part, cut-outs around a figure.
-"""
+MIX = {"whole": 1, "crop": 2, "several": 1, "close": 0}
+"""Samples per page that draw the curves: the page, crops of facts, of several facts, cut-outs around a figure."""
 
 
 def draw_samples(
