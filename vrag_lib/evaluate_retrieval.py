@@ -343,5 +343,4 @@ def _write_results(
     record["provenance"]["versions"] |= {name: metadata.version(name) for name in _RECORDED}
     write_atomically(out / "config.json", (json.dumps(record, indent=1) + "\n").encode())
     write_atomically(out / "metrics.csv", summary.to_csv(index=False, float_format="%.4f").encode())
-    drawn = summary.assign(method=summary["method"].str.replace(", ", ",\n"))
-    save_figure(interval_bars(drawn, "method", ["R@1", "R@5", "R@10"], "recall, %"), out / "recall.png")
+    save_figure(interval_bars(summary, "method", ["R@1", "R@5", "R@10"], "recall, %"), out / "recall.png")

@@ -13,7 +13,7 @@ about an emblem ("the group known as the Silver Heron") needs the cover first, w
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -149,7 +149,7 @@ class QuestionWriter:
         board = _BOARDS[fact.subject]
         wording = self.rng.choice(("formal", "everyday"))
         about = self._about(board, wording)
-        pairs = [(a, b, "to the right of") for a, b in _beside(cards)] + [(a, b, "below") for a, b in _below(cards)]
+        pairs = [(a, b, "to the right of") for a, b in beside(cards)] + [(a, b, "below") for a, b in below(cards)]
         if fact.column == "heading" and pairs:
             start, end, relation = self.rng.choice(pairs)
             query = f"{about} which {board.noun} is directly {relation} {start.item}?"
@@ -268,12 +268,12 @@ def _capital(clause: str) -> str:
     return clause[0].upper() + clause[1:]
 
 
-def _beside(cards: list[Fact]) -> list[tuple[Fact, Fact]]:
+def beside(cards: Sequence[Fact]) -> list[tuple[Fact, Fact]]:
     """Cards and their right-hand neighbours."""
     return [(a, b) for a, b in pairwise(cards) if b.region_box.y1 == a.region_box.y1]
 
 
-def _below(cards: list[Fact]) -> list[tuple[Fact, Fact]]:
+def below(cards: Sequence[Fact]) -> list[tuple[Fact, Fact]]:
     """Cards and the ones directly below them."""
     columns: dict[float, list[Fact]] = {}
     for card in cards:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from matplotlib.figure import Figure
 
-from vrag_lib.plots import COLOURS, save_figure
+from vrag_lib.plots import COLOURS, interval_bars, interval_errors, save_figure
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -61,7 +61,7 @@ def table_1(table: pd.DataFrame) -> Figure:
     places = np.arange(len(table))[::-1]
     for ax, kind in zip(axes, kinds, strict=True):
         paper = table["paper_7b"] if kind == "overall" else table[f"paper_{kind}"]
-        ax.errorbar(table[kind], places, xerr=_errors(table, kind), fmt="o", color=COLOURS[0], ms=4, capsize=2)
+        ax.errorbar(table[kind], places, xerr=interval_errors(table, kind), fmt="o", color=COLOURS[0], ms=4, capsize=2)
         ax.plot(paper, places, "D", mfc="none", color=COLOURS[1], ms=5)
         ax.set(title=kind, xlim=(-4, 104), xticks=[0, 50, 100])
         ax.grid(axis="y", color="#edf2f7")
@@ -96,8 +96,9 @@ def figure_3(table: pd.DataFrame) -> Figure:
     figure = Figure(figsize=(6.5, 3.8), layout="constrained")
     ax = figure.subplots()
     found, bound = table[table["pages_given"].notna()], table[table["pages_given"].isna()]
-    ax.errorbar(found["pages_given"], found["accuracy"], yerr=_errors(found, "accuracy"), fmt="o-", color=COLOURS[0],
-                capsize=2, label="here")  # fmt: skip
+    errors = interval_errors(found, "accuracy")
+    ax.errorbar(found["pages_given"], found["accuracy"], yerr=errors, fmt="o-", color=COLOURS[0], capsize=2,
+                label="here")  # fmt: skip
     ax.plot(found["pages_given"], found["paper"], "D--", mfc="none", color=COLOURS[1], label="paper (read off)")
     for row in bound.itertuples():
         ax.axhline(row.accuracy, color=COLOURS[0], linewidth=1, label="here, gold pages")
@@ -113,7 +114,10 @@ def figure_3(table: pd.DataFrame) -> Figure:
 def figure_4(table: pd.DataFrame) -> Figure:
     """Retrieval by who writes the query."""
     series = {"first_gold": "first page shown is a gold page", "gold_seen": "any page shown is"}
-    return _bars(table, "query", series, "% of questions", "Figure 4: retrieval by query")
+    named = {f"{column}{end}": f"{name}{end}" for column, name in series.items() for end in ("", "_low", "_high")}
+    figure = interval_bars(table.rename(columns=named), "query", list(series.values()), "% of questions")
+    figure.axes[0].set(title="Figure 4: retrieval by query", ylim=(0, 104))
+    return figure
 
 
 def figure_5(table: pd.DataFrame) -> Figure:
@@ -125,7 +129,7 @@ def figure_5(table: pd.DataFrame) -> Figure:
     for i, method in enumerate(methods):
         part = table[table["method"] == method].set_index("element").reindex(elements)
         places = np.arange(len(elements)) + (i - (len(methods) - 1) / 2) * 0.8 / len(methods)
-        ax.bar(places, part["accuracy"], 0.8 / len(methods), yerr=_errors(part, "accuracy"), capsize=2,
+        ax.bar(places, part["accuracy"], 0.8 / len(methods), yerr=interval_errors(part, "accuracy"), capsize=2,
                label=method, color=COLOURS[i])  # fmt: skip
     ax.set_xticks(range(len(elements)), elements)
     ax.set(ylabel="accuracy, %", title="Figure 5: crop by element of the answer")
@@ -150,7 +154,7 @@ def figure_6(table: pd.DataFrame) -> Figure:
             width = table[column].fillna(0).to_numpy()
             ax.barh(places, width, 0.7, left=start, color=colour, label=label)
             start += width
-        ax.errorbar(table[total], places, xerr=_errors(table, total), fmt="none", color="black", capsize=2)
+        ax.errorbar(table[total], places, xerr=interval_errors(table, total), fmt="none", color="black", capsize=2)
         ax.set_xlabel(xlabel)
         ax.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, frameon=False)
         _plain(ax)
@@ -191,7 +195,9 @@ def _two_sources(table: pd.DataFrame, names: list[str], panels: list[tuple[str, 
     figure = Figure(figsize=(max(5.5, 1.6 * len(names)) * (1 + 0.5 * (len(panels) - 1)), 3.6), layout="constrained")
     for ax, (column, paper, label) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         places = np.arange(len(names))
-        ax.bar(places, table[column], 0.6, yerr=_errors(table, column), capsize=3, color=COLOURS[0], label="here")
+        ax.bar(
+            places, table[column], 0.6, yerr=interval_errors(table, column), capsize=3, color=COLOURS[0], label="here"
+        )
         ax.plot(places, table[paper], "D", mfc="white", color=COLOURS[1], linestyle="none", label="paper, 7B")
         ax.set_xticks(places, names, fontsize=8)
         ax.set(ylabel=label, ylim=(0, None))
@@ -199,27 +205,6 @@ def _two_sources(table: pd.DataFrame, names: list[str], panels: list[tuple[str, 
     ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     figure.suptitle(title, fontsize=11)
     return figure
-
-
-def _bars(table: pd.DataFrame, label: str, series: dict[str, str], ylabel: str, title: str) -> Figure:
-    """Grouped bars with intervals, one group per row, one bar per column of `series`."""
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
-    ax = figure.subplots()
-    for i, (column, name) in enumerate(series.items()):
-        places = np.arange(len(table)) + (i - (len(series) - 1) / 2) * 0.8 / len(series)
-        ax.bar(places, table[column], 0.8 / len(series), yerr=_errors(table, column), capsize=2, label=name,
-               color=COLOURS[i])  # fmt: skip
-    ax.set_xticks(range(len(table)), table[label], fontsize=8)
-    ax.set(ylabel=ylabel, title=title, ylim=(0, 104))
-    ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    _plain(ax)
-    return figure
-
-
-def _errors(table: pd.DataFrame, column: str) -> np.ndarray:
-    """(2, rows): how far the interval reaches below and above."""
-    middle = table[column].to_numpy(float)
-    return np.clip([middle - table[f"{column}_low"], table[f"{column}_high"] - middle], 0, None)
 
 
 def _plain(ax: Axes) -> None:

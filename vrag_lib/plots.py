@@ -147,15 +147,22 @@ def interval_bars(
     ax = figure.subplots()
     width = 0.8 / len(metrics)
     for i, metric in enumerate(metrics):
-        middle = table[metric].to_numpy(float)
-        errors = np.clip([middle - table[metric + low], table[metric + high] - middle], 0, None)
+        errors = interval_errors(table, metric, low, high)
         places = np.arange(len(table)) + (i - (len(metrics) - 1) / 2) * width
-        ax.bar(places, middle, width, yerr=errors, capsize=2, label=metric, color=COLOURS[i % len(COLOURS)])
-    ax.set_xticks(np.arange(len(table)), [str(v).replace("+", "+\n") for v in table[label]], fontsize=8)
+        ax.bar(places, table[metric], width, yerr=errors, capsize=2, label=metric, color=COLOURS[i % len(COLOURS)])
+    # Names of retrievers have no spaces to break at.
+    names = [_plain(str(name).replace("+", "+\n").replace(":", ":\n"), 18) for name in table[label]]
+    ax.set_xticks(np.arange(len(table)), names, fontsize=8)
     ax.set_ylabel(ylabel)
-    ax.legend(fontsize=8, ncols=len(metrics), loc="upper left")
+    figure.legend(fontsize=8, ncols=len(metrics), loc="outside upper left")
     ax.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def interval_errors(table: pd.DataFrame, column: str, low: str = "_low", high: str = "_high") -> np.ndarray:
+    """(2, rows): how far the interval of a column reaches below and above it."""
+    middle = table[column].to_numpy(float)
+    return np.clip([middle - table[column + low], table[column + high] - middle], 0, None)
 
 
 def curves_figure(

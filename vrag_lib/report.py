@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vrag_lib.config import Config, provenance
 from vrag_lib.matrix import SEEDS, MatrixError, Outcome, read_rows, states
@@ -143,48 +143,38 @@ def _effects(effects: pd.DataFrame) -> str:
     return _markdown(head, rows)
 
 
-def _table_1(table: pd.DataFrame) -> str:
+def _titled(
+    title: str, table: pd.DataFrame, head: Sequence[str], cells: Callable[[dict[str, Any]], Sequence[object]]
+) -> str:
+    """A table under its title, `cells` of each row; nothing where there is no row."""
     if table.empty:
         return ""
-    rows = [
-        (
-            f"`{row['cell']}`",
-            row["about"],
-            _cell(row, "overall"),
-            *(_cell(row, kind) for kind in TYPES),
-            f"{row['failed']} / {row['trajectories']}",
-            row["seeds"],
-            _two(row["paper_7b"], row["paper_3b"]),
-            _two(row["score_slidevqa"], row["score_vidoseek"]),
-        )
-        for row in table.to_dict("records")
-    ]
+    return f"{title}\n\n{_markdown(head, [cells(row) for row in table.to_dict('records')])}"
+
+
+def _table_1(table: pd.DataFrame) -> str:
     head = ("cell", "", "overall", *TYPES, "no answer", "seeds", "paper 7B / 3B", "SCORE SlideVQA / ViDoSeek")
-    return "**Table 1.** Accuracy, % [95 %].\n\n" + _markdown(head, rows)
+    return _titled("**Table 1.** Accuracy, % [95 %].", table, head, lambda row: (
+        f"`{row['cell']}`", row["about"], _cell(row, "overall"), *(_cell(row, kind) for kind in TYPES),
+        f"{row['failed']} / {row['trajectories']}", row["seeds"], _two(row["paper_7b"], row["paper_3b"]),
+        _two(row["score_slidevqa"], row["score_vidoseek"]),
+    ))  # fmt: skip
 
 
 def _table_2(table: pd.DataFrame) -> str:
-    if table.empty:
-        return ""
-    rows = [
-        (row["reward"], row["actions"], _cell(row, "accuracy"), f"{row['failed']} / {row['trajectories']}",
-         row["seeds"], _number(row["paper"]))
-        for row in table.to_dict("records")
-    ]  # fmt: skip
     head = ("reward", "actions", "accuracy", "no answer", "seeds", "paper 7B")
-    return "**Table 2.** Reward × crop, after SFT; accuracy, % [95 %].\n\n" + _markdown(head, rows)
+    return _titled("**Table 2.** Reward × crop, after SFT; accuracy, % [95 %].", table, head, lambda row: (
+        row["reward"], row["actions"], _cell(row, "accuracy"), f"{row['failed']} / {row['trajectories']}",
+        row["seeds"], _number(row["paper"]),
+    ))  # fmt: skip
 
 
 def _table_3(table: pd.DataFrame) -> str:
-    if table.empty:
-        return ""
-    rows = [
-        (f"`{row['cell']}`", _cell(row, "invalid_rate"), _number(row["paper_invalid"]), _cell(row, "finish_rate"),
-         _number(row["paper_finish"]), row["seeds"])
-        for row in table.to_dict("records")
-    ]  # fmt: skip
     head = ("", "invalid replies", "paper 7B", "finished", "paper 7B", "seeds")
-    return "**Table 3.** Before and after RL; % [95 %].\n\n" + _markdown(head, rows)
+    return _titled("**Table 3.** Before and after RL; % [95 %].", table, head, lambda row: (
+        f"`{row['cell']}`", _cell(row, "invalid_rate"), _number(row["paper_invalid"]), _cell(row, "finish_rate"),
+        _number(row["paper_finish"]), row["seeds"],
+    ))  # fmt: skip
 
 
 def _figure_6(table: pd.DataFrame) -> str:

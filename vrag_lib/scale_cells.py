@@ -24,6 +24,7 @@ from vrag_lib.geometry import PATCH, Box, View, render
 from vrag_lib.minidocs_canvas import Font, text_width
 from vrag_lib.minidocs_documents import MiniDocsConfig, MiniPage, build_document
 from vrag_lib.minidocs_pages import Fact
+from vrag_lib.minidocs_questions import below, beside
 from vrag_lib.scale_characters import CHARACTERS, CLASS, SLOTS
 from vrag_lib.scale_loop import Counts
 from vrag_lib.scale_tasks import PageSamples, label_boxes, page_view, region_view, shown_box, words
@@ -94,21 +95,12 @@ def digits_of(box: Box) -> np.ndarray:
     return np.array(rows)
 
 
-def neighbours_of(fact: Fact, cards: Sequence[Fact]) -> tuple[str, str]:
-    """Headings of the cards directly above and directly before (to the left of) a card, empty where there is none."""
-    own = fact.region_box
-
-    def nearest(axis: str) -> str:
-        across = "y" if axis == "x" else "x"
-        level = [
-            card
-            for card in cards
-            if abs(getattr(card.region_box, across + "1") - getattr(own, across + "1")) < 2
-            and getattr(card.region_box, axis + "2") <= getattr(own, axis + "1")
-        ]
-        return max(level, key=lambda card: getattr(card.region_box, axis + "2")).item if level else ""
-
-    return nearest("y"), nearest("x")
+def neighbours_of(cards: Sequence[Fact]) -> dict[str, tuple[str, str]]:
+    """For each card, by its heading, the headings of the cards directly above and before (to the left of) it, empty
+    where there is none."""
+    above = {lower.item: upper.item for upper, lower in below(cards)}
+    before = {right.item: left.item for left, right in beside(cards)}
+    return {card.item: (above.get(card.item, ""), before.get(card.item, "")) for card in cards}
 
 
 def words_of(
@@ -138,14 +130,14 @@ def cell_page(tokenizer: Any, page: MiniPage, view: View, image: Image.Image, rn
         "boxes": np.full((cells, HALVES, 4, DIGITS), -1),
     }
     if view.box.area >= page.size.width * page.size.height:
-        cards = [fact for fact in page.facts if fact.column == "heading"]
+        neighbours = neighbours_of([fact for fact in page.facts if fact.column == "heading"])
         for fact in page.facts:
             places = [at for box in label_boxes(view, fact, found) for at in halves_of(box, grid)]
             for cell, half in places:
                 targets["boxes"][cell, half] = digits_of(shown_box(view, fact.region_box))
                 if fact.column == "heading":
                     targets["position"][cell] = POSITIONS.index(fact.position)
-                    for k, name in enumerate(neighbours_of(fact, cards)):
+                    for k, name in enumerate(neighbours[fact.item]):
                         targets["neighbours"][cell, k] = word_token(tokenizer, name) if name else tokenizer.pad_token_id
     return CellPage(render(image, view), characters_of(page, view), **targets)
 
@@ -155,9 +147,9 @@ def _advance(character: str, font: Font) -> float:
     return text_width(character, font)
 
 
-def characters_of(page: MiniPage, view: View, least_em: float = LEAST_EM) -> np.ndarray:
+def characters_of(page: MiniPage, view: View) -> np.ndarray:
     """Classes (cells, SLOTS) of the characters whose centres fall in each cell of a view, line by line, 0 behind the
-    last; -1 for all of a cell that shows print smaller than `least_em` shown pixels, which is not to be told."""
+    last; -1 for all of a cell that shows print smaller than `LEAST_EM` shown pixels, which is not to be told."""
     rows, columns = view.shown.height // PATCH, view.shown.width // PATCH
     scale = view.shown.height / view.box.height
     found: dict[int, list[tuple[float, float, int]]] = {}
@@ -172,7 +164,7 @@ def characters_of(page: MiniPage, view: View, least_em: float = LEAST_EM) -> np.
             column = math.floor(x + width / 2)
             if 0 <= column < columns:
                 cell = int(y) * columns + column
-                if text.font.px * scale < least_em:
+                if text.font.px * scale < LEAST_EM:
                     small.add(cell)
                 elif character in CLASS:
                     found.setdefault(cell, []).append((text.baseline, x, CLASS[character]))

@@ -144,10 +144,10 @@ Every answer is in `results/laptop/scale_model/policy/perception_probes.csv`.
 
 ## How it was made
 `vrag scale-model policy`, seed {seed}, from random weights, on generated images alone (no photographs, no
-scraped text, no other model): {stages}. First the vision tower learns to tell, cell by cell, the characters and
-words of pages of random text and of MiniDocs training pages, and the boxes of what those words name; then the language
-model learns to read through the fixed tower, some of its heads shown where to look; then everything is trained
-together.
+scraped text, no other model): {stages}. First the vision tower learns to tell, cell by cell, the characters of
+pages of random text and the characters and words of MiniDocs training pages, with the boxes of what those words name;
+then the language model learns to read through the fixed tower, some of its heads shown where to look; then everything
+is trained together.
 Curves are in `results/laptop/scale_model/policy/`, settings and versions in `training.json`.
 {note}
 ## Limits

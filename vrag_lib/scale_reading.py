@@ -110,6 +110,8 @@ def part_of(place: Box, answer: str, start: int, end: int) -> Box:
 
 
 Span = tuple[int, int, int]
+"""Column of a token of an answer, first character that it writes and the one behind its last."""
+
 Look = tuple[Head, int, int, list[int]]
 """A head, row and column of the token that looks, columns of those it should look at."""
 
@@ -127,7 +129,7 @@ def looks_of_name(
 
 def looks_of(turn: Asked, row: int, first_cell: int, grid: Grid, named_at: int, spans: Sequence[Span]) -> list[Look]:
     """Where heads should look for one question: `named_at` is the column of the last token of what it names, `spans`
-    column and characters (column, start, end) of each token of the answer."""
+    has one entry for each token of the answer."""
     found: list[Look] = []
     if turn.named_places:
         found += looks_of_name(turn.named_places, turn.card, row, first_cell, grid, named_at)
