@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pandas as pd
 import pytest
+from chat_server import SECRET, running_server, say
+from pdf_files import words_pdf
 
+from vrag_lib.cli import main
 from vrag_lib.config import load_config, read_config
 from vrag_lib.corpus_formats import write_unified
+from vrag_lib.document_files import CorpusError
 from vrag_lib.evaluate_datasets import evaluate_datasets, open_datasets
 from vrag_lib.minidocs import MiniDocs
 from vrag_lib.policy import ScriptedPolicy
+
+SHARED = Path(__file__).parent.parent.parent / "shared" / "data" / "mmlongbench_doc"
 
 
 @pytest.fixture
@@ -73,11 +80,116 @@ def test_agents_are_evaluated_side_by_side(config):
 def test_wrong_names_and_missing_folders_are_named(config):
     with pytest.raises(ValueError, match="no dataset 'docvqa'; datasets are slidevqa, mmlongbench_doc, vidoseek"):
         open_datasets({"docvqa": "x"}, config)
-    with pytest.raises(ValueError, match="dataset 'vidoseek' needs the folder"):
-        open_datasets({"vidoseek": None}, config)
+    with pytest.raises(ValueError, match="dataset 'unified' needs the folder"):
+        open_datasets({"unified": None}, config)
     with pytest.raises(ValueError, match="no question to ask in no dataset"):
         open_datasets({}, config)
     with pytest.raises(ValueError, match="no agent 'rag'; agents are no_retrieval, "):
         evaluate_datasets({"minidocs": None}, config, agent="rag")
     with pytest.raises(ValueError, match="limit must be at least 1"):
         evaluate_datasets({"minidocs": None}, config, limit=0)
+
+
+@pytest.fixture
+def trees(tmp_path):
+    """A small benchmark in the format of MMLongBench-Doc: three documents, a question on each."""
+    folder = tmp_path / "trees"
+    items = []
+    for name, word in (("north.v2", "birch"), ("south", "olive"), ("west", "redwood")):
+        words_pdf(folder / "documents" / f"{name}.pdf", "contents", f"The tree of the {name} is the {word}")
+        items.append(
+            {
+                "doc_id": f"{name}.pdf", "doc_type": "report", "question": f"What is the tree of the {name}?",
+                "answer": word, "evidence_pages": "[2]", "evidence_sources": "['Chart']", "answer_format": "Str",
+            }
+        )  # fmt: skip
+    (folder / "samples.json").write_text(json.dumps(items))
+    return folder
+
+
+def test_a_wrong_or_partial_folder_is_named_with_what_to_do(config, trees, tmp_path, caplog):
+    with pytest.raises(CorpusError, match="nowhere does not exist"):
+        open_datasets({"mmlongbench_doc": tmp_path / "nowhere"}, config)
+    with pytest.raises(ValueError, match=r"samples\.json is a file; dataset 'mmlongbench_doc' needs the folder"):
+        open_datasets({"mmlongbench_doc": trees / "samples.json"}, config)
+    with pytest.raises(CorpusError, match=r"documents holds no question file \(samples\.json or data/samples\.json\)"):
+        open_datasets({"mmlongbench_doc": trees / "documents"}, config)
+    (trees / "documents" / "south.pdf").unlink()
+    (trees / "documents" / "west.pdf").write_bytes(b"%PDF-1.4 broken")
+    with pytest.raises(CorpusError, match=r"1 documents .* the first: south\.pdf; 1 of 3 questions .* with --partial"):
+        open_datasets({"mmlongbench_doc": trees}, config)
+    _, questions = open_datasets({"mmlongbench_doc": trees}, config, partial=True)
+    assert [q.file_name for q in questions] == ["north.v2.pdf", "west.pdf"]  # unreadable is not missing
+    assert "left out: 1 documents" in caplog.text
+    for file in (trees / "documents").iterdir():
+        file.unlink()
+    with pytest.raises(CorpusError, match="documents holds no document; put PDFs"):
+        open_datasets({"mmlongbench_doc": trees}, config)
+
+
+def test_the_command_asks_an_endpoint_and_lets_another_judge(trees, tmp_path, monkeypatch, capsys):
+    """Start to end against a real local server that speaks OpenAI's chat completions: policy and judge."""
+    monkeypatch.setenv("VRAG_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    out = tmp_path / "out"
+    with running_server() as server:
+
+        def reply(handler, body):
+            text = json.dumps(body["messages"])
+            if body["model"] == "judge":
+                assert "birch" in text or "olive" in text or "redwood" in text
+                say(f"<judge>{'redwood' not in text}</judge>")(handler, body)
+            elif "image_url" not in text:
+                direction = next(word for word in ("north.v2", "south", "west") if f"of the {word}?" in text)
+                say(f"<think>look</think><search>tree of the {direction} is</search>")(handler, body)
+            else:
+                answer = next(
+                    w for d, w in (("north", "birch"), ("south", "Olive"), ("", "pine")) if f"the {d}" in text
+                )
+                say(f"<think>seen</think><answer>{answer}</answer>")(handler, body)
+
+        server.behaviours = [reply]
+        command = ["evaluate", "--dataset", "mmlongbench_doc", "--path", str(trees), "--policy", "openai"]
+        command += ["--model", "reader", "--base-url", server.url, "--judge-model", "judge", "--out", str(out)]
+        command += ["retrieval.kind=bm25", "corpus.ocr=none", "corpus.workers=1"]
+        assert main(command) == 0
+        requests = len(server.requests)
+        assert main(command) == 0 and len(server.requests) == requests  # nothing is asked or judged twice
+        assert {body["model"] for body in server.requests} == {"reader", "judge"}
+    frame = pd.read_csv(out / "questions.csv").set_index("uid")
+    assert list(frame["answer"]) == ["birch", "Olive", "pine"] and list(frame["searches"]) == [1, 1, 1]
+    assert list(frame["mmlongbench"]) == [1, 1, 0] and list(frame["judge"]) == [1, 1, 0]
+    assert frame["gold_page_seen"].all() and set(frame["policy"]) == {"openai:reader"}
+    assert json.loads((out / "provenance.json").read_text())["settings"]["judge"] == "openai:judge"
+    written = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert not any(SECRET.encode() in file.read_bytes() for file in written)
+    assert "mmlongbench" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--dataset", "docvqa"], "no dataset 'docvqa'; datasets are slidevqa, "),
+        (["--dataset", "unified"], "dataset 'unified' needs the folder"),
+        (["--dataset", "vidoseek", "--dataset", "slidevqa", "--path", "x"], "--path is given once for each --dataset"),
+        (["--judge-model", "m"], "--judge-model needs --judge-url"),
+    ],
+)
+def test_wrong_arguments_of_the_command_are_named(arguments, message, capsys):
+    assert main(["evaluate", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared")
+def test_the_shared_part_of_mmlongbench_doc_is_whole(config, tmp_path):
+    """Every document that a question names is there; two of them are asked about, start to end."""
+    folder = tmp_path / "part"
+    (folder / "documents").mkdir(parents=True)
+    named = ["b3m5kaeqm2w8n4bwcesw-140602121350-phpapp02_95.pdf", "2310.07609v1.pdf"]
+    for name in named:
+        (folder / "documents" / name).symlink_to(SHARED / "documents" / name)
+    items = json.loads((SHARED / "samples.json").read_text())
+    assert {item["doc_id"] for item in items} <= {file.name for file in (SHARED / "documents").iterdir()}
+    (folder / "samples.json").write_text(json.dumps([item for item in items if item["doc_id"] in named]))
+    frame = evaluate_datasets({"mmlongbench_doc": folder}, config, limit=6)
+    assert len(frame) == 6 and frame["answered"].all() and frame["mmlongbench"].between(0, 1).all()

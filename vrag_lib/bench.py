@@ -44,7 +44,7 @@ _TOP = 10
 
 
 class BenchmarkError(RuntimeError):
-    """A ranking of ours that differs from fp64's."""
+    """A result of ours that is not the one it must be, or a comparison that cannot be made; the message says which."""
 
 
 def bench_search(
@@ -94,7 +94,7 @@ def bench_search(
         "threads": threads,
     }
     if out_dir is not None:
-        _write(table, settings, Path(out_dir), seed)
+        write_results(table, settings, out_dir, seed, "search_speed.png", speed_figure)
     ours = table[table["method"].isin(OURS)]
     wrong = ours[(ours["top10_as_fp64"] < 1) | (ours["ranking_as_fp64"] < 1)]
     if len(wrong):
@@ -262,10 +262,19 @@ def _fp64_ranking(query: np.ndarray, pages: np.ndarray) -> np.ndarray:
     return np.argsort(-np.concatenate([block.max(axis=1).sum(axis=1) for block in blocks]), kind="stable")
 
 
-def _write(table: pd.DataFrame, settings: dict[str, Any], folder: Path, seed: int) -> None:
+def write_results(
+    table: pd.DataFrame,
+    settings: dict[str, Any],
+    folder: str | Path,
+    seed: int,
+    picture: str,
+    draw: Callable[[pd.DataFrame], Figure],
+) -> None:
+    """Write a benchmark's `metrics.csv`, `config.json` with its provenance, and `picture`, drawn from the CSV."""
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     provenance = config.provenance(seed)
     provenance["hardware"]["load_average"] = os.getloadavg()[0]  # above the number of cores, others were at work
     table.to_csv(folder / "metrics.csv", index=False, float_format="%.6g")
     (folder / "config.json").write_text(json.dumps({"config": settings, "provenance": provenance}, indent=1) + "\n")
-    save_figure(speed_figure(pd.read_csv(folder / "metrics.csv")), folder / "search_speed.png")
+    save_figure(draw(pd.read_csv(folder / "metrics.csv")), folder / picture)

@@ -172,16 +172,18 @@ def _view(commands) -> None:
 
 def _eval_retrieval(commands) -> None:
     def run(arguments) -> None:
+        from vrag_lib.dataset_hub import find_dataset
         from vrag_lib.evaluate_retrieval import run_eval_retrieval
 
         config = _read(arguments)
         out = arguments.out or config.folder("retrieval")
-        table = run_eval_retrieval(arguments.dataset, out, workers=config.corpus.workers, seed=config.seed)
+        dataset = find_dataset(arguments.dataset)
+        table = run_eval_retrieval(dataset, out, workers=config.corpus.workers, seed=config.seed)
         print(table.to_string(index=False))
         print(f"written to {out}")
 
     what = "measure retrieval methods on a document benchmark: recall, nDCG, MRR with 95 %% intervals, seconds"
-    positionals = [("dataset", "folder of the benchmark: documents and questions")]
+    positionals = [("dataset", "folder of documents and questions, or slidevqa, vidoseek or mmlongbench_doc")]
     parser = _command(commands, "eval-retrieval", run, what, positionals)
     parser.add_argument("--out", help="results folder (default: results/<preset>/retrieval)")
 
@@ -195,12 +197,34 @@ def _bench(commands) -> None:
         print(bench_search(pages=tuple(arguments.pages), out_dir=out, seed=config.seed).to_string(index=False))
         print(f"written to {out}")
 
+    def against_trl(arguments) -> None:
+        if arguments.benchmark == "rollout":
+            from vrag_lib.bench_rollout import run_bench_rollout as run
+        else:
+            from vrag_lib.bench_update import run_bench_update as run
+
+        config = _read(arguments, {"seed": arguments.seed}, experiment=True)
+        out = Path(arguments.out or config.folder(f"bench_{arguments.benchmark}"))
+        table = run(config, arguments.model, arguments.questions, arguments.group, arguments.repeats, out)
+        print(table.T.to_string(header=False))
+        print(f"written to {out}")
+
     bench = commands.add_parser("bench", help="time the package against what it replaces", description="Benchmarks.")
     kinds = bench.add_subparsers(title="benchmarks", dest="benchmark", required=True, metavar="BENCHMARK")
     what = "time exact MaxSim against colpali-engine's scorer and byaldi's search on the same embeddings"
     parser = _command(kinds, "search", search, what)
     parser.add_argument("--pages", type=int, nargs="+", default=[500, 2000, 10000], help="index sizes to time")
     parser.add_argument("--out", help="results folder (default: results/<preset>/bench_search)")
+    rollout_text = "time rollouts against stock TRL's over the same environment, and compare the tokens"
+    update_text = "time one GRPO update against stock TRL's on the same trajectories, and compare loss and gradient"
+    for name, what in (("rollout", rollout_text), ("update", update_text)):
+        parser = _command(kinds, name, against_trl, what)
+        parser.add_argument("--model", help="checkpoint (default: the shipped scale policy, or one of random weights)")
+        parser.add_argument("--questions", type=int, default=4, help="questions of MiniDocs (default: %(default)s)")
+        parser.add_argument("--group", type=int, default=4, help="trajectories per question (default: %(default)s)")
+        parser.add_argument("--repeats", type=int, default=3, help="turns that are counted (default: %(default)s)")
+        parser.add_argument("--seed", type=int, help="seed of weights and trajectories (default: the preset's)")
+        parser.add_argument("--out", help=f"results folder (default: results/<preset>/bench_{name})")
 
 
 def _minidocs(commands) -> None:
@@ -325,27 +349,50 @@ def _evaluate(commands) -> None:
         from vrag_lib.evaluate import summary_table
         from vrag_lib.evaluate_datasets import evaluate_datasets
 
-        named = {"policy.kind": arguments.policy, "policy.model": arguments.model}
-        config = _read(arguments, named, experiment=arguments.dataset == "minidocs")
-        where = {arguments.dataset: arguments.path}
+        named = {
+            "policy.kind": arguments.policy,
+            "policy.model": arguments.model,
+            "policy.base_url": arguments.base_url,
+        }
+        names, paths = arguments.dataset or ["minidocs"], arguments.path or []
+        if paths and len(paths) != len(names):
+            raise ValueError("--path is given once for each --dataset, in the same order, or not at all")
+        config = _read(arguments, named, experiment=names == ["minidocs"])
         frame = evaluate_datasets(
-            where, config, arguments.out, agent=arguments.agent, split=arguments.split, limit=arguments.limit,
-            seeds=arguments.seeds,
+            dict(zip(names, paths or [None] * len(names), strict=True)), config, arguments.out, agent=arguments.agent,
+            split=arguments.split, limit=arguments.limit, partial=arguments.partial, seeds=arguments.seeds,
+            judge=judge(arguments, config),
         )  # fmt: skip
         print(summary_table(frame).round(3).to_string(index=False))
 
-    parser = _command(
-        commands, "evaluate", run, "measure an agent on a benchmark: minidocs, or a local copy of another"
-    )
-    datasets = "minidocs, slidevqa, vidoseek, mmlongbench_doc or unified"
-    parser.add_argument("--dataset", default="minidocs", help=f"{datasets} (default: %(default)s)")
-    parser.add_argument("--path", help="folder of the dataset; not needed for minidocs")
+    def judge(arguments, config):
+        from vrag_lib.judge import rule_judge
+
+        if not arguments.judge_model:
+            return rule_judge
+        from vrag_lib.judge_openai import OpenAIJudge
+
+        url = arguments.judge_url or config.policy.base_url
+        if not url:
+            raise ValueError("--judge-model needs --judge-url, or --base-url where the policy's endpoint judges too")
+        return OpenAIJudge(url, arguments.judge_model, api_key_env=config.policy.api_key_env)
+
+    what = "measure an agent on benchmarks: minidocs, public ones (fetched once), or local copies"
+    parser = _command(commands, "evaluate", run, what)
+    datasets = "minidocs (default), slidevqa, vidoseek, mmlongbench_doc or unified; repeated: one merged corpus"
+    parser.add_argument("--dataset", action="append", metavar="NAME", help=datasets)
+    paths = "folder of the dataset, once for each --dataset (default: fetched from the hub, kept in the cache)"
+    parser.add_argument("--path", action="append", metavar="FOLDER", help=paths)
+    parser.add_argument("--partial", action="store_true", help="leave out questions on documents that are missing")
     parser.add_argument("--split", default="test", help="minidocs: train, validation or test (default: %(default)s)")
     agents = "what the policy may do and is shown: vrag_rl, react, vanilla_rag_5, ... (default: %(default)s)"
     parser.add_argument("--agent", default="vrag_rl", help=agents)
     parser.add_argument("--policy", help="extractive, transformers or openai (default: the preset's)")
     parser.add_argument("--model", help="the policy's model: path, hub id or the endpoint's name for it")
-    parser.add_argument("--limit", type=int, help="ask only the first so many questions")
+    parser.add_argument("--base-url", help="endpoint of an OpenAI-compatible server, up to and including /v1")
+    parser.add_argument("--judge-model", help="let this model behind an endpoint judge (default: the rule judge)")
+    parser.add_argument("--judge-url", help="the judge's endpoint (default: the policy's)")
+    parser.add_argument("--limit", type=int, help="ask only so many questions, evenly spread")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of sampling, one pass each")
     parser.add_argument("--out", help="results folder (default: below the preset's)")
 

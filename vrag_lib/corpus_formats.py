@@ -180,7 +180,9 @@ def _question_file(path: Path, format: str) -> Path:
         found = found[:1]
     found = found or sorted([*path.glob("*.json"), *path.glob("*.jsonl")])
     if len(found) != 1:
-        what = "several question files: " + ", ".join(file.name for file in found) if found else "no question file"
+        wanted = f" ({' or '.join(names)})" if format != "auto" else ""
+        several = "several question files: " + ", ".join(file.name for file in found)
+        what = several if found else f"no question file{wanted}"
         raise CorpusError(f"{path} holds {what}; give the path of the one to read")
     return found[0]
 

@@ -1,11 +1,12 @@
 """Evaluation on benchmarks by name: SlideVQA, ViDoSeek, MMLongBench-Doc, MiniDocs, or any set in the unified format.
 
 evaluate_datasets({"mmlongbench_doc": "data/mmlongbench_doc"}, load_config("laptop"))
-evaluate_datasets({"slidevqa": slides, "vidoseek": decks}, load_config("gpu_7b"))      # one merged corpus
+evaluate_datasets({"slidevqa": None, "vidoseek": None}, load_config("gpu_7b"))      # from the hub; one merged corpus
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,6 +19,8 @@ from vrag_lib.answer_metrics import OFFICIAL_METRICS
 from vrag_lib.config import Config, save_config
 from vrag_lib.corpus import Corpus, Question
 from vrag_lib.corpus_formats import answerable, load_dataset
+from vrag_lib.dataset_hub import HUB_DATASETS, fetch_dataset
+from vrag_lib.document_files import CorpusError, document_stem
 from vrag_lib.evaluate import DEFAULT_METRICS, run
 from vrag_lib.factory import make_policy, make_retriever
 from vrag_lib.judge import Judge, rule_judge
@@ -27,23 +30,33 @@ from vrag_lib.retrieval import Retriever
 if TYPE_CHECKING:
     import pandas as pd
 
+logger = logging.getLogger(__name__)
+
 DATASETS = tuple(OFFICIAL_METRICS)
 """Question sets that are opened by name."""
 
 
 def open_datasets(
-    datasets: Mapping[str, str | Path | None], config: Config, split: str = "test", answerable_only: bool = True
+    datasets: Mapping[str, str | Path | None],
+    config: Config,
+    split: str = "test",
+    answerable_only: bool = True,
+    partial: bool = False,
 ) -> tuple[Corpus, tuple[Question, ...]]:
     """One merged corpus of the named datasets, as the paper evaluates, and all their questions, `dataset` in `extra`.
 
-    datasets: name (one of DATASETS) to local folder; `minidocs` without one is drawn on the spot, its `split`.
-    With several datasets their names go before the uids. Raises ValueError for an unknown name or a missing folder,
-    CorpusError as `corpus_formats.load_dataset`.
+    datasets: name (one of DATASETS) to local folder; without one `minidocs` is drawn on the spot, its `split`, and a
+    public benchmark is fetched (`dataset_hub`). With several datasets their names go before the uids.
+    partial: leave out the questions on documents that the folder lacks, instead of refusing it.
+
+    Raises ValueError for an unknown name or a missing folder, CorpusError for documents that are missing and as
+    `dataset_hub.fetch_dataset` and `corpus_formats.load_dataset`.
     """
     corpora: list[Corpus] = []
     questions: list[Question] = []
     for name, path in datasets.items():
         corpus, found = _open_dataset(name, path, config, split, answerable_only)
+        found = _with_documents(name, found, corpus, partial)
         corpora.append(corpus)
         start = f"{name}:" if len(datasets) > 1 else ""
         questions += [replace(q, uid=start + q.uid, extra={**q.extra, "dataset": name}) for q in found]
@@ -62,8 +75,12 @@ def _open_dataset(
 ) -> tuple[Corpus, tuple[Question, ...]]:
     if name not in DATASETS:
         raise ValueError(f"there is no dataset {name!r}; datasets are {', '.join(DATASETS)}")
+    form = "unified" if name == "minidocs" else name
+    if path is None and name in HUB_DATASETS:
+        form, path = "unified", fetch_dataset(name)
     if path is not None:
-        form = "unified" if name == "minidocs" else name
+        if Path(path).is_file():
+            raise ValueError(f"{path} is a file; dataset {name!r} needs the folder that holds documents and questions")
         options = {"dpi": config.corpus.dpi, "workers": config.corpus.workers}
         return load_dataset(form, path, answerable_only=answerable_only, **options)
     if name != "minidocs":
@@ -73,6 +90,25 @@ def _open_dataset(
     docs = MiniDocs(config.minidocs)
     questions = docs.questions(split)
     return docs.corpus(split), answerable(questions) if answerable_only else questions
+
+
+def _with_documents(name: str, questions: tuple[Question, ...], corpus: Corpus, partial: bool) -> tuple[Question, ...]:
+    """The questions whose documents are there; a document that is there and cannot be used keeps its questions, as
+    the benchmark counts them, and was named by the corpus."""
+    there = {document.id for document in corpus.documents}
+    there |= {document_stem(problem.path) for problem in corpus.problems}
+    missing = sorted({q.file_name for q in questions if document_stem(q.file_name) not in there})
+    if not missing:
+        return questions
+    kept = tuple(q for q in questions if document_stem(q.file_name) in there)
+    what = (
+        f"{len(missing)} documents that questions of {name!r} name are missing, the first: {', '.join(missing[:3])}; "
+        f"{len(questions) - len(kept)} of {len(questions)} questions are about them"
+    )
+    if not partial:
+        raise CorpusError(f"{what}. Add the documents to the folder, or leave these questions out with --partial")
+    logger.warning("left out: %s", what)
+    return kept
 
 
 def evaluate_datasets(
@@ -86,6 +122,7 @@ def evaluate_datasets(
     split: str = "test",
     limit: int | None = None,
     answerable_only: bool = True,
+    partial: bool = False,
     seeds: Sequence[int] | None = None,
     judge: Judge = rule_judge,
     metrics: Sequence[str] = (),
@@ -97,6 +134,7 @@ def evaluate_datasets(
     agent: what the policy may do and is shown, one of `agents.AGENTS` by name or your own.
     policy, retriever: default what the config names.
     limit: ask only so many questions, evenly spread over the set; the corpus stays whole.
+    split, answerable_only, partial: see `open_datasets`.
 
     Raises ValueError for a limit below 1, else as `agents`, `open_datasets`, `factory` and `run` do.
     """
@@ -104,7 +142,7 @@ def evaluate_datasets(
     config = replace(config, environment=agent_environment(agent, config))
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, not {limit}")
-    corpus, questions = open_datasets(datasets, config, split, answerable_only)
+    corpus, questions = open_datasets(datasets, config, split, answerable_only, partial)
     questions = questions_for(agent, questions)
     if limit is not None:
         chosen = np.linspace(0, len(questions) - 1, min(limit, len(questions))).round().astype(int)

@@ -78,7 +78,12 @@ class FeatureCache:
 
 def remember_features(model: Any, max_bytes: int = MAX_BYTES) -> FeatureCache:
     """Put a cache before the vision tower of a Qwen2(.5)-VL, once; returns it, or the one already there."""
-    tower = next(module for name, module in model.named_modules() if name.rsplit(".", 1)[-1] == "visual")
+    tower = vision_tower(model)
     if not isinstance(tower.__dict__.get("forward"), FeatureCache):
         tower.forward = FeatureCache(tower, max_bytes)
     return tower.forward
+
+
+def vision_tower(model: Any) -> Any:
+    """The vision tower of a Qwen2(.5)-VL, with or without an adapter round the model."""
+    return next(module for name, module in model.named_modules() if name.rsplit(".", 1)[-1] == "visual")
