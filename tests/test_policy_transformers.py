@@ -359,7 +359,8 @@ def test_a_batch_that_does_not_fit_is_halved(build, monkeypatch):
 
     monkeypatch.setattr(policy, "_sample", small_memory)
     replies = policy.generate(conversations(), seeds=[1, 2, 3, 4])
-    assert sizes == [4, 2, 1, 1, 2, 1, 1]
+    # A batch is tried again without what earlier turns, or its first half, left, before it is halved.
+    assert sizes == [4, 4, 2, 1, 1, 2, 2, 1, 1]
     for got, wanted, conversation in zip(replies, expected, conversations(), strict=True):
         if len(policy.encode(conversation).token_ids) > 120:
             assert got.finish_reason == "error" and "memory" in got.error

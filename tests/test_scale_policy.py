@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import random
 import signal
@@ -11,14 +12,16 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vrag_lib.actions import parse_reply
-from vrag_lib.geometry import PATCH, Box, iou
+from vrag_lib.geometry import PATCH, Box, Size, View, iou
 from vrag_lib.minidocs_documents import MiniDocsConfig, build_document
 from vrag_lib.scale_characters import BINS, CHARACTERS, SLOTS, draw_character_page
+from vrag_lib.scale_policy import MAX_PIXELS, MIN_PIXELS
 from vrag_lib.scale_tasks import WHERE, PageSamples, draw_samples, page_view, region_view, shown_box
 
 torch = pytest.importorskip("torch")
@@ -248,6 +251,25 @@ def test_heads_are_shown_the_cells_that_hold_what_is_asked(built, samples):
     assert len(counts) == len(batch.gaze) and all(0 <= hits <= total for hits, total in counts.values())
 
 
+def test_attention_may_stay_in_float32(built, samples):
+    """The same loss outside an autocast; inside one, only attention leaves it; afterwards all is as before."""
+    from vrag_lib.scale_reading import float32_attention, make_batch, reading_loss
+
+    model, processor = built
+    batch, text = make_batch(processor.tokenizer, samples[:3]), model.model.language_model
+    with torch.no_grad():
+        loss = reading_loss(model, batch, train_tower=False)[0]
+        with float32_attention(text):
+            assert reading_loss(model, batch, train_tower=False)[0] == loss
+            seen = []
+            hook = text.layers[0].self_attn.o_proj.register_forward_pre_hook(lambda _, x: seen.append(x[0].dtype))
+            with torch.autocast("cpu", torch.bfloat16):
+                assert reading_loss(model, batch, train_tower=False)[0].item() == pytest.approx(loss.item(), rel=0.02)
+            hook.remove()
+            assert seen == [torch.float32]
+    assert text.config._attn_implementation == "sdpa"
+
+
 def test_cells_say_what_the_page_says(built):
     """Of a table page: each row's label is told by the half of a cell it stands in, with the row's box beside it."""
     from vrag_lib.scale_cells import ABSENT, cell_page, word_token
@@ -267,6 +289,41 @@ def test_cells_say_what_the_page_says(built):
         written = ["".join(str(d) for d in digits if d != ABSENT) for digits in cells.boxes[cell, half]]
         assert [float(v) for v in written] == list(shown_box(view, fact.region_box).as_tuple())
     assert (cells.boxes[:, :, 0, 0] >= 0).sum() >= len({fact.item for fact in page.facts})
+
+
+@pytest.mark.parametrize("shown", [Size(560, 84), Size(280, 84), Size(140, 84)], ids=lambda size: str(size.width))
+def test_characters_stand_where_a_stretched_crop_shows_them(shown):
+    """The figure of a table's row, by the cells of a crop shown wider, and narrower, than it is high."""
+    from vrag_lib.scale_cells import characters_of
+    from vrag_lib.scale_characters import CHARACTERS
+
+    document = build_document(MiniDocsConfig(), "train", 3)
+    page = next(page for page in document.pages if page.kind == "table")
+    fact = page.facts[0]
+    figure = next(t for t in page.canvas.texts if t.string == fact.value and t.box.intersection(fact.answer_box).area)
+    x, y = round(figure.box.x1) - 100, round(figure.box.y1) - 8
+    view = View(page.size, Box(x, y, x + 200, y + 60), shown)
+    classes = characters_of(page, view).reshape(3, shown.width // PATCH, -1)
+    place = view.to_shown(figure.box)
+    written = ""
+    for column, cell in enumerate(classes.max(0)):
+        inside = "".join(CHARACTERS[c - 1] for c in cell if c > 0)
+        assert not inside or (place.x1 < (column + 1) * PATCH and column * PATCH < place.x2)
+        written += inside
+    assert written == fact.value
+
+
+def test_crops_are_shown_as_they_are():
+    """Wider or narrower by little: their area may be chosen to fit."""
+    bent = []
+    for number in range(40):
+        document = build_document(MiniDocsConfig(), "train", number)
+        for page in document.pages:
+            for fact in page.facts:
+                view = region_view(page, fact.region_box)
+                bent.append(abs(math.log(view.shown.width / view.box.width * view.box.height / view.shown.height)))
+                assert MIN_PIXELS <= view.shown.width * view.shown.height <= MAX_PIXELS
+    assert np.mean(bent) < 0.08 and max(bent) < 0.25
 
 
 def test_cards_have_neighbours(built):

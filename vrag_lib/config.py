@@ -24,7 +24,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from vrag_lib.minidocs_documents import PAGE_TOKENS, MiniDocsConfig
+from vrag_lib.minidocs_documents import LEAST_TOKENS, PAGE_TOKENS, MiniDocsConfig
 
 
 class ConfigError(ValueError):
@@ -277,7 +277,7 @@ PRESETS: dict[str, Config] = {
 EXPERIMENTS: dict[str, Config] = PRESETS | {
     "laptop": Config(
         retrieval=RetrievalConfig(kind="visual", engine="native", dtype="float32", device="cpu"),
-        environment=EnvironmentConfig(min_pixels=PAGE_TOKENS * 28 * 28, max_pixels=PAGE_TOKENS * 28 * 28),
+        environment=EnvironmentConfig(min_pixels=LEAST_TOKENS * 28 * 28, max_pixels=PAGE_TOKENS * 28 * 28),
         policy=PolicyConfig(
             kind="transformers", max_reply_tokens=96, max_context_tokens=2048, batch_size=32, device="cpu"
         ),

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vrag_lib.actions import IMAGE_TOKENS, STOP_STRINGS, cut_reply
+from vrag_lib.context_cache import ContextCache, batch_cache, row_states
 from vrag_lib.geometry import PATCH
 from vrag_lib.policy import Conversation, Reply
 from vrag_lib.torch_setup import ensure_torchvision
@@ -61,7 +62,8 @@ class Context:
 
 
 class TransformersPolicy:
-    """Samples replies from a Qwen2-VL-type model in left-padded batches with a key-value cache.
+    """Samples replies from a Qwen2-VL-type model in left-padded batches with a key-value cache, which the next turn of
+    a conversation goes on from.
 
     With seeds, a reply depends on its conversation and seed alone: every row draws from a generator of its own. In
     float32 the rest of the batch moves log-probs by rounding only (1e-6); in bfloat16 rounding can change a token.
@@ -105,6 +107,7 @@ class TransformersPolicy:
         if self._rope is None:
             raise CheckpointError(f"{name}: {type(model).__name__} has no multimodal positions; use Qwen2(.5)-VL")
         self.vision_cache = remember_features(model)
+        self.context_cache = ContextCache(model)
         self._im_end = self._id("<|im_end|>")
         ends = getattr(model.generation_config, "eos_token_id", None)
         self._ends = {self._im_end, *([ends] if isinstance(ends, int) else ends or [])}
@@ -230,21 +233,23 @@ class TransformersPolicy:
         return self.tokenizer.encode(opening, add_special_tokens=False)
 
     def _sample_halving(self, contexts: list[Context], seeds: Sequence[int]) -> list[Reply]:
-        """`_sample`, in halves when the accelerator's memory does not hold the batch."""
+        """`_sample`, in halves when the accelerator's memory does not hold the batch, not even with nothing kept."""
         import torch
 
         was_training = self.model.training
         self.model.eval()  # a trainer may hand over its model between two steps: no dropout while it samples
+        kept = len(self.context_cache)
         try:
             return self._sample(contexts, seeds)
         except torch.cuda.OutOfMemoryError as error:
-            if len(contexts) == 1:
+            if len(contexts) == 1 and not kept:
                 return [Reply("", finish_reason="error", error=f"the context does not fit in memory: {error}")]
         finally:
             self.model.train(was_training)
+        self.context_cache.clear()
         torch.cuda.empty_cache()
-        half = len(contexts) // 2
-        first = self._sample_halving(contexts[:half], seeds[:half])
+        half = 0 if kept else len(contexts) // 2
+        first = self._sample_halving(contexts[:half], seeds[:half]) if half else []
         return first + self._sample_halving(contexts[half:], seeds[half:])
 
     def _prepare_image(self, image: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -252,39 +257,68 @@ class TransformersPolicy:
         pixels = self.processor.image_processor(images=[image], do_resize=False, return_tensors="pt")
         return pixels["pixel_values"], pixels["image_grid_thw"]
 
-    def model_inputs(self, contexts: Sequence[Context]) -> dict[str, torch.Tensor]:
+    def model_inputs(self, contexts: Sequence[Context], read: Sequence[int] | None = None) -> dict[str, torch.Tensor]:
         """Left-padded inputs of one forward pass: input_ids, attention_mask (B, T), position_ids (3, B, T) and, if
-        there are images, pixel_values (patches, 1176) and image_grid_thw (images, 3).
+        there are images, pixel_values (patches, 1176) and image_grid_thw (images, 3). `read`: tokens at the start of
+        each context, whole images among them, that are left out.
 
         Raises ValueError when the image processor makes another number of vision tokens than the context holds.
         """
         import torch
 
-        longest = max(len(context.token_ids) for context in contexts)
+        read = read or [0] * len(contexts)
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self._im_end
-        ids = torch.full((len(contexts), longest), pad)
-        mask = torch.zeros_like(ids)
-        for row, context in enumerate(contexts):
-            ids[row, longest - len(context.token_ids) :] = torch.tensor(context.token_ids)
-            mask[row, longest - len(context.token_ids) :] = 1
-        inputs = {"input_ids": ids, "attention_mask": mask}
-        images = [image for context in contexts for image in context.images]
-        if images:
-            found = [self._patches(image) for image in images]
-            grid = torch.cat([grid for _, grid in found])
-            for image, (_, height, width) in zip(images, grid.tolist(), strict=True):
-                shown, patch = image.view.shown, self.processor.image_processor.patch_size
-                if (width * patch, height * patch) != (shown.width, shown.height):
-                    raise ValueError(f"an image of {shown} became {width} x {height} patches of {patch} pixels")
-            dtype = next(self.model.parameters()).dtype
-            pixels = torch.cat([patches for patches, _ in found])
-            inputs |= {"pixel_values": pixels.to(dtype), "image_grid_thw": grid}
+        ids, mask = _left_padded([context.token_ids for context in contexts], pad)
         is_image = (ids == self._id("<|image_pad|>")).int() * mask.int()
-        inputs["position_ids"], _ = self._rope.get_rope_index(
-            ids, is_image, image_grid_thw=inputs.get("image_grid_thw"), attention_mask=mask
+        grids = [self._grid(image) for context in contexts for image in context.images]
+        positions, _ = self._rope.get_rope_index(
+            ids, is_image, image_grid_thw=torch.cat(grids) if grids else None, attention_mask=mask
         )
+        longest = max(len(context.token_ids) - start for context, start in zip(contexts, read, strict=True))
+        inputs = {"position_ids": positions[..., -longest:]}
+        new = [context.token_ids[start:] for context, start in zip(contexts, read, strict=True)]
+        inputs["input_ids"], inputs["attention_mask"] = _left_padded(new, pad)
+        images = [image for c, start in zip(contexts, read, strict=True) for image in c.images[self._shown(c, start) :]]
+        if images:
+            dtype = next(self.model.parameters()).dtype
+            inputs["pixel_values"] = torch.cat([self._patches(image)[0] for image in images]).to(dtype)
+            inputs["image_grid_thw"] = torch.cat([self._grid(image) for image in images])
         device = next(self.model.parameters()).device
         return {name: tensor.to(device) for name, tensor in inputs.items()}
+
+    def _grid(self, image: ImageRef) -> torch.Tensor:
+        """Grid (1, 3) of an image: its patches over time, height and width."""
+        grid = self._patches(image)[1]
+        (_, height, width), shown = grid[0].tolist(), image.view.shown
+        patch = self.processor.image_processor.patch_size
+        if (width * patch, height * patch) != (shown.width, shown.height):
+            raise ValueError(f"an image of {shown} became {width} x {height} patches of {patch} pixels")
+        return grid
+
+    def _shown(self, context: Context, length: int) -> int:
+        """How many images the first `length` tokens of a context show."""
+        return context.token_ids[:length].count(self._id("<|vision_start|>"))
+
+    def _read(self, contexts: list[Context]) -> tuple[Any, torch.Tensor, torch.Tensor]:
+        """The model's output after every context, with its cache; the attention mask (B, T) and the position (B,) of
+        the next token. What was read in an earlier turn, or for another row, is not read again."""
+        import torch
+
+        unique = list(dict.fromkeys(contexts))
+        image_start = self._id("<|vision_start|>")
+        reads = [self.context_cache.take(context.token_ids, context.images, image_start) for context in unique]
+        inputs = self.model_inputs(unique, [0 if read is None else read.length for read in reads])
+        position = inputs["position_ids"].amax((0, 2)) + 1
+        if known := batch_cache(reads):
+            inputs["past_key_values"], before = known
+            inputs["attention_mask"] = torch.cat([before, inputs["attention_mask"]], dim=1)
+        output = self.model(**inputs, use_cache=True, logits_to_keep=1)
+        mask = inputs["attention_mask"]
+        if len(unique) < len(contexts):
+            rows = torch.tensor([unique.index(context) for context in contexts], device=mask.device)
+            output.past_key_values.batch_select_indices(rows)
+            output.logits, mask, position = output.logits[rows], mask[rows], position[rows]
+        return output, mask, position
 
     def _sample(self, contexts: list[Context], seeds: Sequence[int]) -> list[Reply]:
         """Sample one batch, token by token; a row leaves the batch and the cache as it finishes."""
@@ -297,15 +331,18 @@ class TransformersPolicy:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         rows = list(range(len(contexts)))
         with torch.inference_mode():
-            inputs = self.model_inputs(contexts)
-            mask, position = inputs["attention_mask"], inputs["position_ids"].amax((0, 2)) + 1  # (B, T), (B,)
-            output = self.model(**inputs, use_cache=True, logits_to_keep=1)
+            output, mask, position = self._read(contexts)
             while True:
                 chosen, chosen_logprobs = self._draw(output.logits[:, -1].float(), [generators[r] for r in rows])
                 for r, token, logprob in zip(rows, chosen.tolist(), chosen_logprobs.tolist(), strict=True):
                     ids[r].append(token)
                     logprobs[r].append(logprob)
                     reasons[r] = self._finish_reason(ids[r], limits[r])
+                for i, r in enumerate(rows):
+                    if reasons[r]:  # the last token was chosen and not read
+                        tokens = contexts[r].token_ids + tuple(ids[r][:-1])
+                        states = row_states(output.past_key_values, i, mask[i])
+                        self.context_cache.put(tokens, contexts[r].images, states)
                 kept = [i for i, r in enumerate(rows) if not reasons[r]]
                 if not kept:
                     break
@@ -358,6 +395,19 @@ class TransformersPolicy:
         """The reply as text, without its end token and without what its last token holds beyond a stop string."""
         kept = ids[:-1] if ids[-1] in self._ends else ids
         return cut_reply(self.tokenizer.decode(kept, skip_special_tokens=False))
+
+
+def _left_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids (B, longest) and mask."""
+    import torch
+
+    longest = max(len(row) for row in rows)
+    ids = torch.full((len(rows), longest), pad)
+    mask = torch.zeros_like(ids)
+    for at, row in enumerate(rows):
+        ids[at, longest - len(row) :] = torch.tensor(row)
+        mask[at, longest - len(row) :] = 1
+    return ids, mask
 
 
 def sampling_logprobs(logits: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:

@@ -151,16 +151,17 @@ def characters_of(page: MiniPage, view: View) -> np.ndarray:
     """Classes (cells, SLOTS) of the characters whose centres fall in each cell of a view, line by line, 0 behind the
     last; -1 for all of a cell that shows print smaller than `LEAST_EM` shown pixels, which is not to be told."""
     rows, columns = view.shown.height // PATCH, view.shown.width // PATCH
-    scale = view.shown.height / view.box.height
+    # A crop's sides are whole cells, so it may be shown wider or narrower than it is.
+    across, scale = view.shown.width / view.box.width, view.shown.height / view.box.height
     found: dict[int, list[tuple[float, float, int]]] = {}
     small = set()
     for text in page.canvas.texts:
         y = (text.baseline - 0.36 * text.font.px - view.box.y1) * scale / PATCH
         if not 0 <= y < rows:
             continue
-        x = (text.x - view.box.x1) * scale / PATCH
+        x = (text.x - view.box.x1) * across / PATCH
         for character in text.string:
-            width = _advance(character, text.font) * scale / PATCH
+            width = _advance(character, text.font) * across / PATCH
             column = math.floor(x + width / 2)
             if 0 <= column < columns:
                 cell = int(y) * columns + column
@@ -197,24 +198,23 @@ class Cells(OnDevice):
 
 
 def cell_batch(rng: random.Random, tokenizer: Any, config: MiniDocsConfig, pages: int, split: str = "train") -> Cells:
-    """Whole pages of ever new documents, and of every second one a crop of a fact, of several, or a small cut-out."""
+    """Whole pages of ever new documents, and of each a crop of a fact, of several, or a small cut-out."""
     import torch
 
     drawn = []
-    for number in range(pages):
+    for _ in range(pages):
         document = build_document(config, split, rng.randrange(1_000_000))
         page = document.page(rng.randint(1, len(document.plan)))
         samples = PageSamples(document, page, rng)
         views = [page_view(page)]
-        if number % 2:
-            kind = rng.random()
-            if kind < 0.4:
-                views.append(samples.close_view()[0])
-            elif kind < 0.6:
-                views.append(samples.several_view()[0])
-            else:
-                fact = rng.choice(page.facts)
-                views.append(region_view(page, fact.region_box, rng, fact.answer_box))
+        kind = rng.random()
+        if kind < 0.25:
+            views.append(samples.close_view()[0])
+        elif kind < 0.5:
+            views.append(samples.several_view()[0])
+        else:
+            fact = rng.choice(page.facts)
+            views.append(region_view(page, fact.region_box, rng, fact.answer_box))
         drawn += [cell_page(tokenizer, page, view, samples.image, rng) for view in views]
     grids = [(page.image.height // PATCH, page.image.width // PATCH) for page in drawn]
     images = arrange(np.concatenate([patchify(page.image) for page in drawn]), grids)

@@ -26,13 +26,14 @@ from vrag_lib.minidocs_content import (
     SURNAMES,
     entities,
 )
+from vrag_lib.minidocs_documents import LEAST_TOKENS, PAGE_TOKENS
 from vrag_lib.scale_model import CHAT_TEMPLATE
 from vrag_lib.torch_setup import ensure_torchvision
 
-MIN_PIXELS = 96 * PATCH * PATCH
-MAX_PIXELS = 96 * PATCH * PATCH
-"""Least and largest area of an image shown to the scale policy: as many cells as MiniDocs
-(`minidocs_documents.PAGE_TOKENS`) lays its pages out for, for pages (12 x 8) and crops alike.
+MIN_PIXELS = LEAST_TOKENS * PATCH * PATCH
+MAX_PIXELS = PAGE_TOKENS * PATCH * PATCH
+"""Least and largest area of an image shown to the scale policy: as many cells as MiniDocs lays its pages out for
+(12 x 8), and for crops, which have other shapes, up to a sixth less.
 Goes into `EnvironmentConfig.min_pixels` and `max_pixels` wherever this policy acts."""
 
 MAX_TOKENS = 4096

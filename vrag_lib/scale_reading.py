@@ -7,7 +7,8 @@ how the language model first learns to read what a fixed tower sees.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -253,6 +254,27 @@ def reading_loss(model: Any, batch: Batch, train_tower: bool, guidance: float = 
     return loss, counts
 
 
+@contextmanager
+def float32_attention(language_model: Any) -> Iterator[None]:
+    """Inside, attention leaves an autocast: on processors its backward pass is several times slower in bfloat16."""
+    import torch
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    config, attention = language_model.config, ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def in_float32(module: Any, *states: torch.Tensor, **settings: Any) -> Any:
+        with torch.autocast(states[0].device.type, enabled=False):
+            q, k, v, mask = (s.float() if s is not None and s.is_floating_point() else s for s in states)
+            return attention(module, q, k, v, mask, **settings)
+
+    ALL_ATTENTION_FUNCTIONS.register("sdpa_float32", in_float32)
+    before, config._attn_implementation = config._attn_implementation, "sdpa_float32"
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
 def of_head(language_model: Any, head: Head, name: str, x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     """Queries or keys (B, T, head dim) of one head, rotary positions in; `name` is q_proj or k_proj, `x` (B, T, width)
     what its layer reads, `places` (3, B, T) position ids."""
@@ -279,7 +301,7 @@ def gaze_losses(
     for head, gaze in batch.gaze.items():
         x, scaling = hidden_states[head[0]], language_model.layers[head[0]].self_attn.scaling
         q, k = (of_head(language_model, head, name, x, batch.position_ids) for name in ("q_proj", "k_proj"))
-        scores = torch.einsum("ntd,nd->nt", k[gaze.row], q[gaze.row, gaze.column]) * scaling
+        scores = (q @ k.mT)[gaze.row, gaze.column] * scaling  # of all tokens: cheaper than gathering keys
         later = torch.arange(scores.shape[1], device=scores.device) > gaze.column[:, None]
         paid = scores.masked_fill(later, -torch.inf).log_softmax(-1)
         losses.append(-paid.masked_fill(~gaze.gold, -torch.inf).logsumexp(-1).mean())

@@ -28,7 +28,7 @@ from vrag_lib.scale_characters import BINS, CHARACTERS, GRIDS, SLOTS, draw_chara
 from vrag_lib.scale_loop import Counts, Schedule, Tally, process_rank, train, wait_for_all
 from vrag_lib.scale_optim import keep_freed_memory
 from vrag_lib.scale_policy import build_model, build_processor
-from vrag_lib.scale_reading import Batch, make_batch, naming_loss, reading_loss
+from vrag_lib.scale_reading import Batch, float32_attention, make_batch, naming_loss, reading_loss
 from vrag_lib.scale_tasks import draw_samples
 from vrag_lib.scale_vision import Images, OnDevice, arrange, encode_images, patchify
 from vrag_lib.torch_setup import ensure_torchvision
@@ -259,7 +259,8 @@ def reading_stage(
         return {f"validation {kind}": rate for kind, rate in sorted(tally.rates().items())}
 
     modules = {"model": model} | ({"characters": trained.characters, "cells": trained.cells} if joint else {})
-    train(name, modules, batch_of_step, loss_of_batch, schedule, folder, curve, evaluate, 200, workers)
+    with float32_attention(model.model.language_model):
+        train(name, modules, batch_of_step, loss_of_batch, schedule, folder, curve, evaluate, 200, workers)
 
 
 STAGES = ("dense", "reading", "joint")
@@ -269,7 +270,7 @@ SECONDS_PER_STEP = {"dense": 0.45, "reading": 0.95, "joint": 1.8}
 as busy. (An EPYC of 2017 takes 1.1 in the dense stage and 2 in reading.)"""
 
 
-DENSE = Schedule(steps=8000, muon=4e-3, adamw=3e-3)
+DENSE = Schedule(steps=3600, muon=4e-3, adamw=3e-3)
 READING = Schedule(steps=3500, muon=0, adamw=1.5e-3, decay=0.3)
 JOINT = Schedule(steps=2000, muon=5e-4, adamw=1e-3, decay=0.9)
 
@@ -285,7 +286,7 @@ class PolicyTraining:
     dense: Schedule = DENSE
     reading: Schedule = READING
     joint: Schedule = JOINT
-    cells_per_step: int = 240
+    cells_per_step: int = 200
     cell_pages_per_step: int = 2
     pages_per_step: int = 2
     parts_per_step: int = 2
