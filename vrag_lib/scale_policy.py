@@ -58,13 +58,13 @@ _LANGUAGE = {
     "hidden_size": 192,
     "intermediate_size": 512,
     "num_hidden_layers": 4,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 6,  # six heads of 32: a size that vLLM's CPU kernels take
+    "num_attention_heads": 3,
+    "num_key_value_heads": 3,  # of 64: a size that vLLM's CPU kernels take, and room for a word's code
     "max_position_embeddings": MAX_TOKENS,
     "rms_norm_eps": 1e-6,
-    # Of 16 frequencies most go to columns, middle ones among them: with Qwen's own shares (4, 6, 6) neighbouring
-    # columns of a page would lie 0.003 radians apart.
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 3, 12]},
+    # Of 32 frequencies most go to columns, middle ones among them: with Qwen's own shares neighbouring columns of a
+    # page would lie 0.006 radians apart. Qwen's base leaves half of them all but still, for looking up words.
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0, "mrope_section": [1, 3, 28]},
 }
 
 _COMMON = """

@@ -26,6 +26,7 @@ from vrag_lib.minidocs_documents import MiniDocsConfig
 from vrag_lib.scale_cells import Cells, cell_batch, cell_heads, cell_loss, slot_loss
 from vrag_lib.scale_characters import BINS, CHARACTERS, GRIDS, SLOTS, draw_character_page
 from vrag_lib.scale_loop import Counts, Schedule, Tally, process_rank, train, wait_for_all
+from vrag_lib.scale_matching import begin_with_codes
 from vrag_lib.scale_optim import keep_freed_memory
 from vrag_lib.scale_policy import build_model, build_processor
 from vrag_lib.scale_reading import Batch, float32_attention, make_batch, naming_loss, reading_loss
@@ -221,6 +222,8 @@ def reading_stage(
         for i in range(HELD_OUT_BATCHES)
     ]
     model.model.visual.requires_grad_(joint)
+    if not joint:
+        begin_with_codes(model, trained.cells)
 
     def batch_of_step(number: int) -> tuple[list[Batch], Batch, DenseBatch | None]:
         rng = random.Random(f"{seed}/{name}/{number}")

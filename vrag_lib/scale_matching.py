@@ -1,0 +1,52 @@
+"""What the language model of the scale policy starts from: the words that the vision tower has learnt to tell apart.
+
+After the dense stage a cell's feature tells which word stands in each of its halves, by a code that is compared with
+that of every token (`scale_cells.cell_heads`). A language model with random embeddings would have to find these codes
+anew, word by word, before it could look up on a page what a question names. `begin_with_codes` gives each token's
+embedding its code, and the two heads that look names up the directions in which codes are read off cells.
+
+Not part of the paper, whose models come trained.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vrag_lib.scale_cells import WORD_CODE
+from vrag_lib.scale_reading import NAME_TO_HALF
+
+EMBEDDING_STD = 0.4
+"""Standard deviation of embeddings. With the usual 0.02 the first layer's output, which is that of much larger image
+features, drowns what token it was."""
+
+SHARPNESS = 1.0
+"""Length of the rows of the two heads' projections to begin with; at 0.02 a head attends to everything alike."""
+
+
+def begin_with_codes(model: Any, heads: Any) -> None:
+    """Set embeddings, final norm and two heads of a Qwen2.5-VL in place. `heads` are those of `cell_heads`.
+
+    The first `WORD_CODE` dimensions of an embedding become the token's code, whitened over the vocabulary as a whole;
+    the final norm is scaled down as far as embeddings are up, so that what is written first stays as likely.
+    """
+    import torch
+
+    text, embeddings = model.model.language_model, model.get_input_embeddings().weight
+    codes = heads["codes"].weight.detach()
+    codes = codes - codes.mean(0)
+    directions = torch.linalg.svd(codes, full_matrices=False)[2]  # strongest first
+    with torch.no_grad():
+        text.norm.weight *= float(embeddings.std()) / EMBEDDING_STD
+        embeddings *= EMBEDDING_STD / embeddings.std()
+        embeddings[:, :WORD_CODE] = codes / codes.std() * EMBEDDING_STD
+        for half, (layer, head) in enumerate(NAME_TO_HALF):
+            attention = text.layers[layer].self_attn
+            width = attention.head_dim
+            # Rotary pairs (i, i + width / 2) turn slower the larger i: what matters most goes where positions do least.
+            slowest = [i + part for i in range(width // 2 - 1, -1, -1) for part in (0, width // 2)]
+            rows = torch.tensor(slowest[: len(directions)]) + head * width
+            chosen = directions[: len(rows)]
+            read = chosen @ heads["words"].weight[half * WORD_CODE : (half + 1) * WORD_CODE]
+            attention.q_proj.weight[rows] = 0
+            attention.q_proj.weight[rows, :WORD_CODE] = SHARPNESS * chosen
+            attention.k_proj.weight[rows] = SHARPNESS * read * len(rows) ** 0.5 / read.norm()
