@@ -10,10 +10,13 @@ Not part of the paper, whose models come trained.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vrag_lib.scale_cells import WORD_CODE
-from vrag_lib.scale_reading import NAME_TO_HALF
+from vrag_lib.scale_cells import ABSENT, WORD_CODE
+from vrag_lib.scale_reading import ANSWER_TO_NAME, NAME_TO_HALF
+
+if TYPE_CHECKING:
+    import torch
 
 EMBEDDING_STD = 0.4
 """Standard deviation of embeddings. With the usual 0.02 the first layer's output, which is that of much larger image
@@ -50,3 +53,22 @@ def begin_with_codes(model: Any, heads: Any) -> None:
             attention.q_proj.weight[rows] = 0
             attention.q_proj.weight[rows, :WORD_CODE] = SHARPNESS * chosen
             attention.k_proj.weight[rows] = SHARPNESS * read * len(rows) ** 0.5 / read.norm()
+        _begin_with_boxes(text, heads["boxes"].weight.view(len(NAME_TO_HALF), -1, embeddings.shape[1]))
+
+
+def _begin_with_boxes(text: Any, read: torch.Tensor) -> None:
+    """Let the heads that look names up copy what cells tell of boxes, and the head that answers look back with copy it
+    on. `read` (halves, digits, width) is how it is read off either half of a cell; of the digits the combinations that
+    tell most are written to the dimensions of the residual stream behind the codes of words."""
+    import torch
+
+    wide = text.layers[0].self_attn.head_dim
+    digits = read - read.view(len(read), -1, ABSENT + 1, read.shape[-1]).mean(2).repeat_interleave(ABSENT + 1, 1)
+    kept = torch.linalg.svd(torch.cat(list(digits), 1), full_matrices=False)[0][:, :wide].T
+    place = torch.eye(read.shape[-1])[WORD_CODE : WORD_CODE + wide].to(read)
+    copies = [(*head, kept @ digits[half]) for half, head in enumerate(NAME_TO_HALF)]
+    for layer, head, values in [*copies, (*ANSWER_TO_NAME, place)]:
+        attention, own = text.layers[layer].self_attn, slice(head * wide, (head + 1) * wide)
+        attention.v_proj.weight[own] = values * wide**0.5 / values.norm()
+        attention.v_proj.bias[own] = 0
+        attention.o_proj.weight[:, own] = place.T

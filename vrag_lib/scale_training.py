@@ -268,9 +268,9 @@ def reading_stage(
 
 STAGES = ("dense", "reading", "joint")
 
-SECONDS_PER_STEP = {"dense": 0.45, "reading": 0.95, "joint": 1.8}
-"""Estimates of the seconds of one step of every stage of the small recipe on one core of a 2024 server, the other core
-as busy. (An EPYC of 2017 takes 1.1 in the dense stage and 2 in reading.)"""
+SECONDS_PER_STEP = {"dense": 0.5, "reading": 1.2, "joint": 2.2}
+"""Estimates of the seconds of one step of every stage of the small recipe on one core of a 2024 server that has matrix
+units for bfloat16, the other core as busy. (An EPYC of 2017 takes 1.1 in the dense stage and 2 in reading.)"""
 
 
 DENSE = Schedule(steps=3600, muon=4e-3, adamw=3e-3)
@@ -301,7 +301,7 @@ class PolicyTraining:
         keeps its share. The number of steps depends on `hours` alone.
 
         >>> PolicyTraining.of_hours(3).reading.steps
-        3591
+        3635
         """
         whole = cls(seed=seed)
         stages = {name: getattr(whole, name) for name in SECONDS_PER_STEP}
