@@ -182,6 +182,8 @@ def test_a_killed_training_goes_on_bit_equal_and_the_model_is_loaded_by_all(tmp_
     found = []
     for engine in ("byaldi", "native"):
         retriever = VisualRetriever.build(corpus, folder, engine=engine, device="cpu", cache_dir=tmp_path / engine)
-        found.append([hit.page_id for hit in retriever.search(["Exports by goods"], 3)[0]])
-    assert len(set(found[0])) == 3 and set(found[0]) <= set(corpus.page_ids)
-    assert found[0] == found[1]
+        found.append(retriever.search(["Exports by goods"], len(corpus.pages))[0])
+    scores = [{hit.page_id: hit.score for hit in hits} for hits in found]
+    assert set(scores[0]) == set(corpus.page_ids)
+    # A retriever that has hardly learnt scores pages alike; the order of equals is a matter of bfloat16's rounding.
+    assert scores[0] == pytest.approx(scores[1], rel=0.01)
