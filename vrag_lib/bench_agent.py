@@ -75,11 +75,8 @@ class Stopwatch:
             return call
 
         with ExitStack() as stack:
-            for (
-                owner,
-                name,
-                phase,
-            ) in places:  # patch.object puts back what was there, be it the object's or its class's
+            for owner, name, phase in places:
+                # patch.object puts back what was there, be it the object's or its class's
                 stack.enter_context(mock.patch.object(owner, name, watched(getattr(owner, name), phase)))
             yield
 

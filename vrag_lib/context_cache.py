@@ -14,6 +14,8 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from vrag_lib.vision_cache import weights_state
+
 if TYPE_CHECKING:
     import torch
 
@@ -30,10 +32,7 @@ class Read:
 
 
 class ContextCache:
-    """What was read, by tokens and images. A context is taken out once, because it is put back longer.
-
-    Everything is forgotten when a weight changes, or when an adapter is switched.
-    """
+    """What was read, by tokens and images. A context is taken out once, because it is put back longer."""
 
     def __init__(self, model: Any, max_bytes: int = MAX_BYTES):
         self._model, self._max_bytes = model, max_bytes
@@ -55,7 +54,6 @@ class ContextCache:
     def take(self, token_ids: Sequence[int], images: Sequence[Hashable], image_start: int) -> Read | None:
         """The longest beginning of a context that is kept and shorter than it, removed from here; None without one.
         `image_start` is the token that opens each image."""
-        self._forget_if_changed()
         tokens = tuple(token_ids)
         for length in sorted({read.length for read in self._reads.values() if read.length < len(tokens)}, reverse=True):
             shown = tokens[:length].count(image_start)
@@ -69,18 +67,20 @@ class ContextCache:
         self._reads.clear()
         self._bytes = 0
 
+    def forget_if_changed(self) -> None:
+        """Forget everything if a weight has changed since the last call, or an adapter was switched. To be called once
+        before the contexts of a batch are taken."""
+        adapters = [getattr(module, "disable_adapters", None) for module in self._model.modules()]
+        state = weights_state(self._model.parameters()), adapters
+        if state != self._state:
+            self.clear()
+            self._state = state
+
     def _remove(self, key: Hashable) -> Read | None:
         read = self._reads.pop(key, None)
         if read is not None:
             self._bytes -= read.states.nbytes
         return read
-
-    def _forget_if_changed(self) -> None:
-        weights = [(p.data_ptr(), p._version, p.dtype) for p in self._model.parameters()]
-        adapters = [getattr(module, "disable_adapters", None) for module in self._model.modules()]
-        if (weights, adapters) != self._state:
-            self.clear()
-            self._state = weights, adapters
 
 
 def batch_cache(reads: Sequence[Read | None]) -> tuple[Any, torch.Tensor] | None:

@@ -248,8 +248,10 @@ class TransformersPolicy:
             self.model.train(was_training)
         self.context_cache.clear()
         torch.cuda.empty_cache()
-        half = 0 if kept else len(contexts) // 2
-        first = self._sample_halving(contexts[:half], seeds[:half]) if half else []
+        if kept:
+            return self._sample_halving(contexts, seeds)
+        half = len(contexts) // 2
+        first = self._sample_halving(contexts[:half], seeds[:half])
         return first + self._sample_halving(contexts[half:], seeds[half:])
 
     def _prepare_image(self, image: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -306,6 +308,7 @@ class TransformersPolicy:
 
         unique = list(dict.fromkeys(contexts))
         image_start = self._id("<|vision_start|>")
+        self.context_cache.forget_if_changed()
         reads = [self.context_cache.take(context.token_ids, context.images, image_start) for context in unique]
         inputs = self.model_inputs(unique, [0 if read is None else read.length for read in reads])
         position = inputs["position_ids"].amax((0, 2)) + 1

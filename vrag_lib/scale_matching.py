@@ -3,7 +3,8 @@
 After the dense stage a cell's feature tells which word stands in each of its halves, by a code that is compared with
 that of every token (`scale_cells.cell_heads`). A language model with random embeddings would have to find these codes
 anew, word by word, before it could look up on a page what a question names. `begin_with_codes` gives each token's
-embedding its code, and the two heads that look names up the directions in which codes are read off cells.
+embedding its code, and the two heads that look names up the directions in which codes are read off cells; these heads,
+and the one that looks back at a name, begin by copying what cells tell of boxes.
 
 Not part of the paper, whose models come trained.
 """

@@ -4,8 +4,9 @@ Not part of the paper, whose models come trained. Three stages, each resumable, 
 
 1. dense: the vision tower learns to tell, cell by cell, characters on pages of random text and, on MiniDocs training
    pages and parts of them, characters, words and the boxes of what words name (`scale_cells`);
-2. reading: the language model learns to read, find and name things on MiniDocs training pages through the fixed tower,
-   first on small cut-outs, then on whole pages and crops, some of its heads shown where to look (`gaze_losses`);
+2. reading: the language model, beginning with what the tower tells of words and boxes (`scale_matching`), learns to
+   read, find and name things on MiniDocs training pages through the fixed tower, first on small cut-outs, then on whole
+   pages and crops, some of its heads shown where to look (`gaze_losses`);
 3. joint: everything together at a falling rate, naming characters, words and boxes going on beside it.
 
 Trained on documents of the training split only, which are drawn on the spot and never repeat; the validation split
@@ -15,6 +16,7 @@ draws the curves; the test split is used by `scale_evaluate` alone.
 from __future__ import annotations
 
 import random
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -262,7 +264,7 @@ def reading_stage(
         return {f"validation {kind}": rate for kind, rate in sorted(tally.rates().items())}
 
     modules = {"model": model} | ({"characters": trained.characters, "cells": trained.cells} if joint else {})
-    with float32_attention(model.model.language_model):
+    with float32_attention(model.model.language_model) if device == "cpu" else nullcontext():
         train(name, modules, batch_of_step, loss_of_batch, schedule, folder, curve, evaluate, 200, workers)
 
 

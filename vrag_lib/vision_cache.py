@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ class FeatureCache:
         return features
 
     def _forget_if_changed(self, parameters: list[Any]) -> None:
-        state = [(p.data_ptr(), p._version, p.dtype) for p in parameters]
+        state = weights_state(parameters)
         if state != self._state:
             self._features.clear()
             self._bytes, self._state = 0, state
@@ -82,6 +83,11 @@ def remember_features(model: Any, max_bytes: int = MAX_BYTES) -> FeatureCache:
     if not isinstance(tower.__dict__.get("forward"), FeatureCache):
         tower.forward = FeatureCache(tower, max_bytes)
     return tower.forward
+
+
+def weights_state(parameters: Iterable[torch.nn.Parameter]) -> list[tuple[Any, ...]]:
+    """What differs after any of these weights was replaced or changed in place."""
+    return [(p.data_ptr(), p._version, p.dtype) for p in parameters]
 
 
 def vision_tower(model: Any) -> Any:
