@@ -14,6 +14,7 @@ from vrag_lib.geometry import Box, Size, View, iou
 from vrag_lib.judge import rule_judge
 from vrag_lib.minidocs import MiniDocs, MiniDocsConfig
 from vrag_lib.rollout import rollout
+from vrag_lib.scale_policy import BOX_STEP
 from vrag_lib.text_retrieval import BM25Retriever
 from vrag_lib.trajectory import ImageRef
 
@@ -96,6 +97,7 @@ def test_boxes_are_always_valid():
         region = Box(x, y, rng.uniform(x + 1, size.width), rng.uniform(y + 1, size.height))
         box = point(ImageRef("a_1", view), region, rng, 0.3, 0.3)
         assert 0 <= box.x1 < box.x2 <= view.shown.width and 0 <= box.y1 < box.y2 <= view.shown.height
+        assert all(v % BOX_STEP == 0 for v in box.as_tuple())
         view.crop(box, ENVIRONMENT.min_pixels, ENVIRONMENT.max_pixels)
 
 

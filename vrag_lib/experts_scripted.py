@@ -24,6 +24,7 @@ from vrag_lib.judge import Judge, rule_judge
 from vrag_lib.minidocs_content import NOT_ANSWERABLE
 from vrag_lib.policy import Conversation, Reply
 from vrag_lib.policy_extractive import read_question
+from vrag_lib.scale_policy import BOX_STEP
 from vrag_lib.trajectory import ImageRef
 
 _ITEM = re.compile(r" by \S+ (.+)$")
@@ -259,7 +260,7 @@ class ScriptedJudge:
 def point(image: ImageRef, region: Box, rng: random.Random, spread: float, astray: float) -> Box:
     """A box for a region (raw pixels) in the shown pixels of an image: its sides moved outwards by `spread` of its
     size, with a normal error as large, for whoever points leaves some room; with probability `astray` a box of that
-    size somewhere else. Always a valid box of the image."""
+    size somewhere else. Always a valid box of the image, in the steps in which the scale policy writes boxes."""
     view = image.view
     target = view.to_shown(region)
     width, height = view.shown.width, view.shown.height
@@ -270,8 +271,9 @@ def point(image: ImageRef, region: Box, rng: random.Random, spread: float, astra
     else:
         dx, dy = spread * target.width, spread * target.height
         moved = Box(*(v + rng.gauss(d, abs(d)) for v, d in zip(target.as_tuple(), (-dx, -dy, dx, dy), strict=True)))
-    x1, x2 = sorted((min(max(0.0, moved.x1), width - 8), min(max(8.0, moved.x2), width)))
-    y1, y2 = sorted((min(max(0.0, moved.y1), height - 8), min(max(8.0, moved.y2), height)))
+    moved = Box(*(round(v / BOX_STEP) * BOX_STEP for v in moved.as_tuple()))
+    x1, x2 = sorted((min(max(0, moved.x1), width - 8), min(max(8, moved.x2), width)))
+    y1, y2 = sorted((min(max(0, moved.y1), height - 8), min(max(8, moved.y2), height)))
     return Box(x1, y1, max(x2, x1 + 8), max(y2, y1 + 8))
 
 

@@ -3,7 +3,7 @@ tower learns beside single characters.
 
 A cell is two patches high, and lines of print are often closer than that: words are told for its upper and its lower
 half. For each half the word whose middle line runs through it; where that word is the label of a fact, the box of the
-fact's region as it would be written, digit by digit; where it heads a card of a board or a flow, which card stands
+fact's region as it would be written; where it heads a card of a board or a flow, which card stands
 above and before it, and which one it is. All of it is read off one cell's feature by a linear layer, so that what a
 question asks for can be found by looking at one cell, in whatever context the image stands.
 """
@@ -27,17 +27,20 @@ from vrag_lib.minidocs_pages import Fact
 from vrag_lib.minidocs_questions import below, beside
 from vrag_lib.scale_characters import CHARACTERS, CLASS, SLOTS
 from vrag_lib.scale_loop import Counts
+from vrag_lib.scale_policy import BOX_STEP, MOST_COORDINATE
 from vrag_lib.scale_tasks import PageSamples, label_boxes, page_view, region_view, shown_box, words
-from vrag_lib.scale_vision import Images, OnDevice, arrange, encode_images, patchify
+from vrag_lib.scale_vision import Grid, Images, OnDevice, arrange, encode_images, patchify
 
 if TYPE_CHECKING:
     import torch
 
 HALVES = 2
-DIGITS = 3
-"""Of each written coordinate; `ABSENT` stands for the leading ones that are not written."""
+COORDINATES = MOST_COORDINATE // BOX_STEP + 1
+"""Values a written coordinate can have."""
 
-ABSENT = 10
+BOX_CODE = 16
+"""Width of the space in which coordinates are told apart."""
+
 POSITIONS = (
     *(f"{row}{column}" for row in ("upper ", "middle ", "lower ") for column in ("left", "middle", "right")),
     *"12345",
@@ -60,7 +63,7 @@ class CellPage:
 
     characters (cells, SLOTS): classes in reading order, as in `scale_characters`. words (cells, HALVES): token ids,
     that of padding for nothing. neighbours (cells, 2): token ids of the headings above and before, that of padding for
-    none. position (cells,): index into `POSITIONS`. boxes (cells, HALVES, 4, DIGITS): digits or `ABSENT`.
+    none. position (cells,): index into `POSITIONS`. boxes (cells, HALVES, 4): `coordinates_of`.
     """
 
     image: Image.Image
@@ -85,14 +88,13 @@ def halves_of(place: Box, grid: tuple[int, int]) -> list[tuple[int, int]]:
     return [(row // 2 * grid[1] + column, row % 2) for column in columns]
 
 
-def digits_of(box: Box) -> np.ndarray:
-    """The digits (4, DIGITS) that a box of whole numbers is written with.
+def coordinates_of(box: Box) -> np.ndarray:
+    """The coordinates (4,) of a box of multiples of `BOX_STEP`, counted in these steps.
 
-    >>> digits_of(Box(4, 36, 112, 300))[:3].tolist()
-    [[10, 10, 4], [10, 3, 6], [1, 1, 2]]
+    >>> coordinates_of(Box(4, 36, 112, 300)).tolist()
+    [1, 9, 28, 75]
     """
-    rows = [[ABSENT] * (DIGITS - len(text)) + [int(c) for c in text] for text in (str(int(v)) for v in box.as_tuple())]
-    return np.array(rows)
+    return np.array(box.as_tuple(), np.int64) // BOX_STEP
 
 
 def neighbours_of(cards: Sequence[Fact]) -> dict[str, tuple[str, str]]:
@@ -127,14 +129,14 @@ def cell_page(tokenizer: Any, page: MiniPage, view: View, image: Image.Image, rn
         "words": words_of(tokenizer, placed, grid, rng),
         "neighbours": np.full((cells, 2), -1),
         "position": np.full(cells, -1),
-        "boxes": np.full((cells, HALVES, 4, DIGITS), -1),
+        "boxes": np.full((cells, HALVES, 4), -1),
     }
     if view.box.area >= page.size.width * page.size.height:
         neighbours = neighbours_of([fact for fact in page.facts if fact.column == "heading"])
         for fact in page.facts:
             places = [at for box in label_boxes(view, fact, found) for at in halves_of(box, grid)]
             for cell, half in places:
-                targets["boxes"][cell, half] = digits_of(shown_box(view, fact.region_box))
+                targets["boxes"][cell, half] = coordinates_of(shown_box(view, fact.region_box))
                 if fact.column == "heading":
                     targets["position"][cell] = POSITIONS.index(fact.position)
                     for k, name in enumerate(neighbours[fact.item]):
@@ -186,9 +188,11 @@ def word_token(tokenizer: Any, word: str) -> int:
 
 @dataclass(frozen=True)
 class Cells(OnDevice):
-    """Pages as one batch; targets as in `CellPage`, one image after the other; `nothing` is the id of padding."""
+    """Pages as one batch of `grids`; targets as in `CellPage`, one image after the other; `nothing` is the id of
+    padding."""
 
     images: Images
+    grids: tuple[Grid, ...]
     characters: torch.Tensor
     words: torch.Tensor
     neighbours: torch.Tensor
@@ -220,27 +224,40 @@ def cell_batch(rng: random.Random, tokenizer: Any, config: MiniDocsConfig, pages
     images = arrange(np.concatenate([patchify(page.image) for page in drawn]), grids)
     names = ("characters", "words", "neighbours", "position", "boxes")
     targets = (torch.from_numpy(np.concatenate([getattr(page, name) for page in drawn])) for name in names)
-    return Cells(images, *targets, tokenizer.pad_token_id)
+    return Cells(images, tuple(grids), *targets, tokenizer.pad_token_id)
 
 
 def cell_heads(width: int, vocabulary: int) -> torch.nn.ModuleDict:
     """Linear readings of a cell's feature: characters, words and neighbours as codes that are compared with those of
-    every token, places of cards, digits of boxes."""
+    every token, places of cards, boxes as four codes that are compared with those of every coordinate, which begin so
+    that near ones are alike."""
+    import torch
     from torch import nn
 
+    coordinates = nn.Linear(BOX_CODE, COORDINATES)
+    with torch.no_grad():
+        coordinates.weight.copy_(torch.from_numpy(coordinate_codes()))
     return nn.ModuleDict(
         {
             "characters": nn.Linear(width, SLOTS * (len(CHARACTERS) + 1)),
             "words": nn.Linear(width, (HALVES + 2) * WORD_CODE),
             "codes": nn.Linear(WORD_CODE, vocabulary),
             "position": nn.Linear(width, len(POSITIONS)),
-            "boxes": nn.Linear(width, HALVES * 4 * DIGITS * (ABSENT + 1)),
+            "boxes": nn.Linear(width, HALVES * 4 * BOX_CODE),
+            "coordinates": coordinates,
         }
     )
 
 
+def coordinate_codes() -> np.ndarray:
+    """Sines and cosines (COORDINATES, BOX_CODE) of wavelengths from 5 steps to four times the largest coordinate."""
+    waves = np.geomspace(5, 4 * COORDINATES, BOX_CODE // 2)
+    angles = 2 * np.pi * np.arange(COORDINATES)[:, None] / waves
+    return np.concatenate([np.cos(angles), np.sin(angles)], 1)
+
+
 def cell_loss(visual: Any, heads: Any, batch: Cells) -> tuple[torch.Tensor, Counts]:
-    """Weighted sum of the mean cross-entropies of characters, words, neighbours, positions and digits of boxes. Of
+    """Weighted sum of the mean cross-entropies of characters, words, neighbours, positions and coordinates. Of
     boxes it is counted how many overlap the true one by half."""
     import torch
     from torch.nn import functional as F
@@ -258,20 +275,47 @@ def cell_loss(visual: Any, heads: Any, batch: Cells) -> tuple[torch.Tensor, Coun
             losses.append(weight * F.cross_entropy(logits, target))
             shows = target != batch.nothing
             counts[name] = (((logits.argmax(-1) == target) & shows).sum(), shows.sum())
+    found = [
+        finding_loss(codes, shown, heads["codes"].weight, batch.nothing)
+        for codes, shown in zip(
+            read[:, :HALVES].split([rows * columns for rows, columns in batch.grids]),
+            batch.words.split([rows * columns for rows, columns in batch.grids]),
+            strict=True,
+        )
+    ]
+    losses.append(0.5 * sum(loss for loss, _ in found) / len(found))
+    counts["found"] = tuple(sum(part) for part in zip(*(count for _, count in found), strict=True))
     named = batch.position >= 0
     if named.any():
         logits = heads["position"](features[named])
         losses.append(0.1 * F.cross_entropy(logits, batch.position[named]))
         counts["positions"] = ((logits.argmax(-1) == batch.position[named]).sum(), named.sum())
-    boxed = batch.boxes[:, :, 0, 0] >= 0
+    boxed = batch.boxes[:, :, 0] >= 0
     if boxed.any():
         cell, half = boxed.nonzero().unbind(1)
-        logits = heads["boxes"](features).view(cells, HALVES, 4, DIGITS, ABSENT + 1)[cell, half]
+        logits = heads["coordinates"](heads["boxes"](features).view(cells, HALVES, 4, -1)[cell, half])
         target = batch.boxes[cell, half]
-        losses.append(2 * F.cross_entropy(logits.flatten(0, 2), target.flatten()))
-        overlap = _overlap(_numbers(logits.argmax(-1)), _numbers(target))
-        counts["boxes"] = ((overlap >= 0.5).sum(), len(overlap))
+        losses.append(2 * F.cross_entropy(logits.flatten(0, 1), target.flatten()))
+        overlaps = overlap(logits.argmax(-1), target)
+        counts["boxes"] = ((overlaps >= 0.5).sum(), len(overlaps))
     return torch.stack(losses).sum(), counts
+
+
+def finding_loss(
+    read: torch.Tensor, shown: torch.Tensor, codes: torch.Tensor, nothing: int
+) -> tuple[torch.Tensor, tuple[torch.Tensor, int]]:
+    """Of the words of one image, mean of minus the log of the attention that their `codes` (vocabulary, WORD_CODE)
+    would pay to the halves that show them, among all; and how many find one of them first. `read` (cells, HALVES,
+    WORD_CODE) is what cells tell, `shown` (cells, HALVES) the token ids."""
+    import torch
+
+    words = torch.unique(shown[(shown >= 0) & (shown != nothing)])
+    if not len(words):
+        return read.sum() * 0, (words.sum(), 0)
+    paid = (codes[words] @ read.flatten(0, 1).T).log_softmax(-1)
+    gold = shown.flatten() == words[:, None]
+    loss = -paid.masked_fill(~gold, -torch.inf).logsumexp(-1).mean()
+    return loss, (gold.gather(1, paid.argmax(-1)[:, None]).sum(), len(words))
 
 
 def slot_loss(logits: torch.Tensor, slots: torch.Tensor) -> tuple[torch.Tensor, Counts]:
@@ -291,13 +335,7 @@ def slot_loss(logits: torch.Tensor, slots: torch.Tensor) -> tuple[torch.Tensor, 
     return (losses * weights).sum() / weights.sum().clamp(min=1), counts
 
 
-def _numbers(digits: torch.Tensor) -> torch.Tensor:
-    """Coordinates (N, 4) written as digits (N, 4, DIGITS)."""
-    place = 10 ** (DIGITS - 1 - digits.new_tensor(range(DIGITS)))
-    return (digits.masked_fill(digits == ABSENT, 0) * place).sum(-1)
-
-
-def _overlap(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def overlap(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """IoU (N,) of boxes (N, 4)."""
     import torch
 

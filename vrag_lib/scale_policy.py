@@ -36,6 +36,10 @@ MAX_PIXELS = PAGE_TOKENS * PATCH * PATCH
 (12 x 8), and for crops, which have other shapes, up to a sixth less.
 Goes into `EnvironmentConfig.min_pixels` and `max_pixels` wherever this policy acts."""
 
+BOX_STEP, MOST_COORDINATE = 4, 672
+"""The policy writes boxes in multiples of `BOX_STEP` shown pixels, up to 24 cells. Any other box is written, and read,
+digit by digit."""
+
 MAX_TOKENS = 4096
 """Longest context in tokens: five images of 96 tokens and the replies fit many times over."""
 
@@ -117,9 +121,24 @@ def _name_parts() -> list[str]:
     return [f"x {start} {start}" for start in minidocs_content.NAME_STARTS] + list(minidocs_content.NAME_ENDS)
 
 
+def coordinate_tokens(value: int) -> tuple[str, str]:
+    """The tokens that write a coordinate: as the first of a box, and as one of those behind it.
+
+    >>> coordinate_tokens(28)
+    ('[28', ', 28')
+    """
+    return f"[{value}", f", {value}"
+
+
 def build_tokenizer() -> Any:
-    """A Qwen2Tokenizer: bytes, whole words of `vocabulary_text`, digits one by one, Qwen's special tokens, the tags."""
-    return scale_model.build_tokenizer([*vocabulary_text(), *_name_parts()], vocab_size=6000)
+    """A Qwen2Tokenizer: bytes, whole words of `vocabulary_text`, digits one by one, Qwen's special tokens, the tags,
+    and one token for each coordinate of a box (`coordinate_tokens`), up to `MOST_COORDINATE` by `BOX_STEP`."""
+    from tokenizers import AddedToken
+
+    tokenizer = scale_model.build_tokenizer([*vocabulary_text(), *_name_parts()], vocab_size=6000)
+    for kind in zip(*map(coordinate_tokens, range(0, MOST_COORDINATE + 1, BOX_STEP)), strict=True):
+        tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in kind])
+    return tokenizer
 
 
 def build_processor() -> Any:

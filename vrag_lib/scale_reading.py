@@ -7,6 +7,7 @@ how the language model first learns to read what a fixed tower sees.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vrag_lib.geometry import Box
-from vrag_lib.scale_cells import halves_of
+from vrag_lib.scale_cells import halves_of, overlap
 from vrag_lib.scale_loop import Counts
+from vrag_lib.scale_policy import BOX_STEP, MOST_COORDINATE, coordinate_tokens
 from vrag_lib.scale_tasks import Asked, Sample
 from vrag_lib.scale_vision import Grid, Images, OnDevice, arrange, encode_images, patchify
 
@@ -35,10 +37,12 @@ Head = tuple[int, int]
 NAME_TO_HALF: tuple[Head, Head] = ((1, 0), (1, 1))
 NAME_TO_CARD: Head = (1, 2)
 ANSWER_TO_NAME: Head = (2, 1)
+BOX_TO_NAME: Head = (2, 2)
 ANSWER_TO_CELLS: tuple[Head, ...] = ((2, 0), (3, 0))
 """Heads that are shown where to look. The last token of what a question names: at the cells that show it in their upper
 half, in their lower half, or as a card named by its place; at the first token of all where there are none.
-An answer while it is written: at that last token, and at the cells where the next of it is to be read."""
+An answer while it is written: at that last token, a box with two heads, the second of which looks at the first token of
+all in other answers; and at the cells where the next of it is to be read."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,8 @@ class Batch(OnDevice):
 
     input_ids, is_image (B, T); position_ids (3, B, T), Qwen's multimodal ones. The tokens to learn, answer by answer:
     `row` and `column` (N,) say where they stand, `answer` (N,) to which answer they belong; `kinds` says what kind of
-    question each answer answers. `gaze` says, head by head, which tokens should look where.
+    question each answer answers. `gaze` says, head by head, which tokens should look where. `coordinates` (vocabulary,)
+    is what each token writes of a box, -1 for none.
     """
 
     input_ids: torch.Tensor
@@ -68,6 +73,7 @@ class Batch(OnDevice):
     answer: torch.Tensor
     kinds: tuple[str, ...]
     gaze: dict[Head, Gaze]
+    coordinates: torch.Tensor
 
     def to(self, device: Any) -> Batch:
         moved = super().to(device)
@@ -138,6 +144,7 @@ def looks_of(turn: Asked, row: int, first_cell: int, grid: Grid, named_at: int, 
         # What predicts a token is the token before it.
         if turn.named_places:
             found.append((ANSWER_TO_NAME, row, column - 1, [named_at]))
+            found.append((BOX_TO_NAME, row, column - 1, [0 if turn.printed else named_at]))
         if not turn.places or (turn.printed and end <= start):
             continue
         boxes = [part_of(turn.places[0], turn.answer, start, end)] if turn.printed else turn.places
@@ -200,7 +207,19 @@ def make_batch(tokenizer: Any, samples: Sequence[Sample]) -> Batch:
         *torch.tensor(where).reshape(-1, 3).unbind(1),
         tuple(kinds),
         gaze,
+        coordinates_of_tokens(tokenizer),
     )
+
+
+@functools.lru_cache(4)
+def coordinates_of_tokens(tokenizer: Any) -> torch.Tensor:
+    """What each token writes of a box (vocabulary,), -1 for none."""
+    import torch
+
+    table = torch.full((len(tokenizer),), -1)
+    for value in range(0, MOST_COORDINATE + 1, BOX_STEP):
+        table[tokenizer.convert_tokens_to_ids(list(coordinate_tokens(value)))] = value
+    return table
 
 
 def embed(model: Any, batch: Batch, train_tower: bool) -> torch.Tensor:
@@ -228,7 +247,8 @@ def naming_loss(model: Any, batch: Batch) -> tuple[torch.Tensor, Counts]:
 def reading_loss(model: Any, batch: Batch, train_tower: bool, guidance: float = 0.0) -> tuple[torch.Tensor, Counts]:
     """Mean cross-entropy of the answers' tokens, and per kind of question how many answers are right throughout when
     each token is predicted from the true ones before it, which is when greedy decoding would write the same answer.
-    `guidance` is the weight of the `gaze_losses` beside it."""
+    Of boxes it is also counted how many `overlap` the true one by half. `guidance` is the weight of the `gaze_losses`
+    beside it."""
     import torch
     from torch.nn import functional as F
 
@@ -245,7 +265,11 @@ def reading_loss(model: Any, batch: Batch, train_tower: bool, guidance: float = 
         names = sorted(set(batch.kinds))
         member = torch.tensor([[kind == name for kind in batch.kinds] for name in names], device=target.device)
         hits = ((wrong == 0) & member).sum(1)
-    counts = {name: (hits[i], float(batch.kinds.count(name))) for i, name in enumerate(names)}
+        is_box = torch.tensor([kind == "region" for kind in batch.kinds], device=target.device)[batch.answer]
+        boxed = (batch.coordinates[target] >= 0) & is_box
+        truth, told = (batch.coordinates[ids[boxed]].view(-1, 4) for ids in (target, logits.argmax(-1)))
+    counts: Counts = {name: (hits[i], float(batch.kinds.count(name))) for i, name in enumerate(names)}
+    counts["overlap"] = (overlap(told, truth) >= 0.5).sum(), float(len(truth))
     loss = F.cross_entropy(logits, target)
     if guidance:
         gaze, found = gaze_losses(model.model.language_model, batch, out.hidden_states)
@@ -293,7 +317,8 @@ def gaze_losses(
     language_model: Any, batch: Batch, hidden_states: Sequence[torch.Tensor]
 ) -> tuple[torch.Tensor, Counts]:
     """Sum over the guided heads of minus the log of the attention that each pays to the tokens it should look at,
-    averaged over the tokens that look, 0 where none does; and how often the token most attended is one of them.
+    averaged over the tokens that look, 0 where none does; and how often the token most attended is one of them, where
+    there is more to see than the first token of all.
     `hidden_states[i]` is what layer i reads."""
     import torch
 
@@ -305,6 +330,6 @@ def gaze_losses(
         later = torch.arange(scores.shape[1], device=scores.device) > gaze.column[:, None]
         paid = scores.masked_fill(later, -torch.inf).log_softmax(-1)
         losses.append(-paid.masked_fill(~gaze.gold, -torch.inf).logsumexp(-1).mean())
-        best = gaze.gold.gather(1, paid.argmax(-1)[:, None])
-        counts[f"gaze_{head[0]}.{head[1]}"] = (best.sum(), float(len(best)))
+        best, somewhere = gaze.gold.gather(1, paid.argmax(-1)[:, None])[:, 0], ~gaze.gold[:, 0]
+        counts[f"gaze_{head[0]}.{head[1]}"] = ((best & somewhere).sum(), somewhere.sum())
     return torch.stack(losses).sum(), counts

@@ -21,16 +21,13 @@ from vrag_lib.minidocs_content import BOARDS, FLOWS, MEASURES, SHORT_MONTHS
 from vrag_lib.minidocs_documents import MiniDocsConfig, MiniDocument, MiniPage, build_document
 from vrag_lib.minidocs_pages import Fact
 from vrag_lib.minidocs_questions import QuestionWriter
-from vrag_lib.scale_policy import MAX_PIXELS, MIN_PIXELS
+from vrag_lib.scale_policy import BOX_STEP, MAX_PIXELS, MIN_PIXELS
 
 TITLE = "What is the title of this page?"
 NAME = "Whose page is this?"
 ITEMS = "Which items are listed?"
 TEXT = "Read the text."
 WHERE = "Where is: "
-
-BOX_STEP = 4
-"""Boxes are written in multiples of this many shown pixels."""
 
 _MEASURES = {measure.name: measure for measure in MEASURES}
 _CAPTIONS = {board.title: board.caption for board in (*BOARDS, *FLOWS)}
@@ -283,7 +280,8 @@ class PageSamples:
         return region_view(self.page, around, self.rng, target.region_box), chosen
 
     def several(self) -> Sample:
-        """Facts that stand together, opened as one crop: which is which has to be told by its label."""
+        """Facts that stand together, opened as one crop: which is which has to be told by its label. Where its print is
+        too small for figures, the crop of one fact."""
         rng, page = self.rng, self.page
         view, chosen = self.several_view()
         least_em = min(t.font.px for t in page.canvas.texts) * view.shown.height / view.box.height
@@ -291,9 +289,7 @@ class PageSamples:
         for fact in rng.sample(chosen, min(len(chosen), 3)):
             if not _inside(fact.region_box, view.box, slack=4):
                 continue
-            if rng.random() < 0.5:
-                turns.append(self.place_question(view, fact))
-            elif least_em >= 9:
+            if least_em >= 9:
                 turns.append(self.value_question("several", view, fact))
         return self._sample(view, turns) if turns else self.crop()
 

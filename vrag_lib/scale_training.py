@@ -5,8 +5,8 @@ Not part of the paper, whose models come trained. Three stages, each resumable, 
 1. dense: the vision tower learns to tell, cell by cell, characters on pages of random text and, on MiniDocs training
    pages and parts of them, characters, words and the boxes of what words name (`scale_cells`);
 2. reading: the language model, beginning with what the tower tells of words and boxes (`scale_matching`), learns to
-   read, find and name things on MiniDocs training pages through the fixed tower, first on small cut-outs, then on whole
-   pages and crops, some of its heads shown where to look (`gaze_losses`);
+   read, find and name things on MiniDocs training pages, crops and cut-outs through the fixed tower, some of its heads
+   shown where to look (`gaze_losses`);
 3. joint: everything together at a falling rate, naming characters, words and boxes going on beside it.
 
 Trained on documents of the training split only, which are drawn on the spot and never repeat; the validation split
@@ -39,14 +39,9 @@ from vrag_lib.torch_setup import ensure_torchvision
 if TYPE_CHECKING:
     import torch
 
-CLOSE_MIX = {"whole": 0, "several": 0.3, "crop": 0.5, "close": 6}
-PAGE_MIX = {"whole": 1.5, "several": 0.7, "crop": 1.0, "close": 1.0}
-JOINT_MIX = {"whole": 1.5, "several": 0.7, "crop": 1.2, "close": 0.4}
-"""Samples per page while the language model learns to read at all, from then on, and in the last stage. The many digits
-of boxes would drown the few of values at first."""
-
-CLOSE_SHARE = 0.25
-"""Share of the reading stage that is spent on `CLOSE_MIX`."""
+READING_MIX = {"whole": 1.0, "several": 0.7, "crop": 2.5, "close": 2.0}
+JOINT_MIX = {"whole": 1.0, "several": 0.7, "crop": 2.5, "close": 0.5}
+"""Samples per page while the language model learns to read, and in the last stage."""
 
 NAMING_PAGES = 4
 """Pages whose words are looked for in each step of reading."""
@@ -225,12 +220,11 @@ def reading_stage(
     ]
     model.model.visual.requires_grad_(joint)
     if not joint:
-        begin_with_codes(model, trained.cells)
+        begin_with_codes(model, tokenizer, trained.cells)
 
     def batch_of_step(number: int) -> tuple[list[Batch], Batch, DenseBatch | None]:
         rng = random.Random(f"{seed}/{name}/{number}")
-        early = number // process_rank()[1] < CLOSE_SHARE * schedule.steps
-        mix = JOINT_MIX if joint else CLOSE_MIX if early else PAGE_MIX
+        mix = JOINT_MIX if joint else READING_MIX
         samples = draw_samples(rng, "train", recipe.pages_per_step, config, mix)
         samples.sort(key=lambda s: s.grid[0] * s.grid[1] + 20 * len(s.turns))  # similar lengths together: less padding
         cuts = [len(samples) * i // recipe.parts_per_step for i in range(recipe.parts_per_step + 1)]
@@ -275,7 +269,7 @@ SECONDS_PER_STEP = {"dense": 0.5, "reading": 1.2, "joint": 2.2}
 units for bfloat16, the other core as busy. (An EPYC of 2017 takes 1.1 in the dense stage and 2 in reading.)"""
 
 
-DENSE = Schedule(steps=3600, muon=4e-3, adamw=3e-3)
+DENSE = Schedule(steps=5600, muon=4e-3, adamw=3e-3)
 READING = Schedule(steps=3500, muon=0, adamw=1.5e-3, decay=0.3)
 JOINT = Schedule(steps=2000, muon=5e-4, adamw=1e-3, decay=0.9)
 
