@@ -7,6 +7,7 @@ from tiny_agent import rewarded
 
 from vrag_lib.actions import Action, ActionKind, InvalidReason
 from vrag_lib.grpo import GRPOConfig, question_order, rollout_metrics, row_seed, step_advantages
+from vrag_lib.training import MetricsFile, read_runs
 from vrag_lib.trajectory import StopReason, Turn
 
 
@@ -66,3 +67,20 @@ def test_order_and_seeds_depend_on_nothing_but_the_run():
 def test_settings_that_do_not_fit_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         GRPOConfig(**settings).validate()
+
+
+def test_curves_of_all_runs_are_read_with_their_name_and_seed(tmp_path):
+    assert read_runs(tmp_path / "nowhere").empty
+    for name, values in {"paper_seed_0": [0.1, 0.2], "paper_seed_10": [0.3], "answer_only_seed_1": [0.4]}.items():
+        curve = MetricsFile(tmp_path / name / "metrics.csv")
+        for step, value in enumerate(values, 1):
+            curve.add(step, {"reward": value} | ({"kl": 0.0} if step == 2 else {}))
+    MetricsFile(tmp_path / "paper_seed_first" / "metrics.csv").add(1, {"reward": 9.0})
+    table = read_runs(tmp_path)
+    assert table[["run", "seed", "step", "reward"]].values.tolist() == [
+        ["answer_only", 1, 1, 0.4],
+        ["paper", 0, 1, 0.1],
+        ["paper", 0, 2, 0.2],
+        ["paper", 10, 1, 0.3],
+    ]
+    assert table["kl"].notna().sum() == 1

@@ -5,13 +5,16 @@ from __future__ import annotations
 import ast
 import json
 import os
+import queue
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
 
 from vrag_lib.config import Config, load_config
-from vrag_lib.notebooks import NotebookError, notebook_paths, repository, reproduce, run_notebook
+from vrag_lib.notebooks import NotebookError, live_curves, notebook_paths, repository, reproduce, run_notebook
+from vrag_lib.training import MetricsFile
 
 NOTEBOOKS = notebook_paths()
 
@@ -83,3 +86,19 @@ def test_a_failing_notebook_is_named_and_keeps_what_it_did(tmp_path):
     with pytest.raises(NotebookError, match=r"00_note\.ipynb failed:[\s\S]*ZeroDivisionError"):
         run_notebook(tmp_path / "notebooks" / "00_note.ipynb", target, dict(os.environ))
     assert "before" in target.read_text()
+
+
+def test_curves_are_drawn_while_a_run_goes_on_and_once_more_at_its_end(tmp_path, monkeypatch):
+    drawn = queue.Queue()
+    handle = SimpleNamespace(update=lambda figure: drawn.put(list(figure.axes[0].lines[0].get_xdata())))
+    monkeypatch.setattr("IPython.display.display", lambda *_, **__: handle)
+    curve = MetricsFile(tmp_path / "run" / "metrics.csv")
+    with live_curves(curve.path, {"reward": ["reward"]}, every_s=0.01):
+        curve.add(1, {"reward": 0.1})
+        assert drawn.get(timeout=30) == [1]
+        curve.add(2, {"reward": 0.2})
+        assert drawn.get(timeout=30) == [1, 2]
+    assert drawn.get(timeout=1) == [1, 2] and drawn.empty()
+    with live_curves(tmp_path / "nothing.csv", {"reward": ["reward"]}):
+        pass
+    assert drawn.empty()

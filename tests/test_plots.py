@@ -109,3 +109,15 @@ def test_curves_skip_empty_cells_and_absent_columns():
     lines = figure.axes[0].lines
     assert [list(line.get_xdata()) for line in lines] == [[1, 2, 3], [2]]
     assert [ax.get_title() for ax in figure.axes] == ["loss", "rate"]
+
+
+def test_curves_of_several_seeds_are_their_mean_and_range_where_all_have_a_value():
+    table = pd.DataFrame(
+        {"seed": [0, 0, 0, 1, 1], "step": [1, 2, 3, 1, 2], "reward": [0.0, 0.4, 0.9, 0.2, 0.6], "kl": [1.0] * 5}
+    )
+    left, right = curves_figure(table, {"reward": ["reward"], "kl": ["kl"]}, over="seed").axes
+    line = left.lines[0]
+    assert list(line.get_xdata()) == [1, 2] and list(line.get_ydata()) == pytest.approx([0.1, 0.5])
+    band = left.collections[0].get_datalim(left.transData)
+    assert (band.x0, band.x1, band.y0, band.y1) == pytest.approx((1, 2, 0.0, 0.6))
+    assert list(right.lines[0].get_ydata()) == [1.0, 1.0]

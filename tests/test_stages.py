@@ -9,7 +9,15 @@ import pytest
 
 from vrag_lib.config import ConfigError, load_config
 from vrag_lib.judge import rule_judge
-from vrag_lib.stages import collection, make_expert_policy, synthesize, training_questions
+from vrag_lib.stages import (
+    collection,
+    find_cold_start,
+    make_expert_policy,
+    reinforce,
+    sft_folder,
+    synthesize,
+    training_questions,
+)
 from vrag_lib.trajectory import read_trajectories
 
 
@@ -71,3 +79,29 @@ def test_wrong_settings_are_named(made, tmp_path, override, message):
     _, train, _ = made
     with pytest.raises(ConfigError, match=message):
         make_expert_policy(config_of(tmp_path, override), train.questions, train.corpus)
+
+
+def test_the_cold_start_found_is_finished_of_this_seed_and_on_the_most_trajectories(tmp_path):
+    config = config_of(tmp_path, "seed=1")
+    assert find_cold_start(config) is None
+    for count in (90, 300):
+        (sft_folder(config, count) / "final").mkdir(parents=True)
+        (sft_folder(config, count) / "final" / "config.json").touch()
+    (sft_folder(config, 3000) / "checkpoint-5").mkdir(parents=True)
+    (sft_folder(config_of(tmp_path), 1000) / "final").mkdir(parents=True)
+    assert find_cold_start(config) == sft_folder(config, 300) / "final"
+    assert find_cold_start(config_of(tmp_path)) is None
+    (sft_folder(config, 3000) / "final").mkdir()
+    (sft_folder(config, 3000) / "final" / "adapter_config.json").touch()
+    assert find_cold_start(config) == sft_folder(config, 3000) / "final"
+
+
+def test_seeds_of_reinforcement_learning_share_questions_and_no_folder(made, tmp_path, monkeypatch):
+    config, train, _ = made
+    calls = []
+    monkeypatch.setattr("vrag_lib.grpo.train_grpo", lambda *given, **named: calls.append((given, named)) or given[5])
+    config = config_of(tmp_path)
+    folders = [reinforce(config, "start", train, seed=seed) for seed in (None, 7)]
+    assert folders == [config.folder("grpo") / "paper_seed_0", config.folder("grpo") / "paper_seed_7"]
+    assert [named["seed"] for _, named in calls] == [0, 7]
+    assert calls[0][0][1] == calls[1][0][1] == training_questions(config, train.questions)[1]

@@ -262,11 +262,15 @@ def _scale_model(commands) -> None:
         from vrag_lib.scale_training import PolicyTraining
 
         config, out, work, results = prepare(arguments, "policy", "policy")
-        large = arguments.recipe == "large"
-        recipe = PolicyTraining.large(config.seed) if large else PolicyTraining.of_hours(arguments.hours, config.seed)
+        recipe = PolicyTraining(seed=config.seed)
+        if arguments.recipe == "large":
+            recipe = PolicyTraining.large(config.seed)
+        elif arguments.hours:
+            recipe = PolicyTraining.of_hours(arguments.hours, config.seed)
+        processes = arguments.processes if arguments.device == "cpu" else 1
         make_policy(
             out, results, work / arguments.recipe, recipe, device=arguments.device, workers=arguments.workers,
-            processes=arguments.processes,
+            processes=processes,
         )  # fmt: skip
         print(f"model  {out}\ncurves and evaluation  {results}")
 
@@ -298,15 +302,18 @@ def _scale_model(commands) -> None:
     retriever_text = "train the tiny ColQwen2 to find MiniDocs pages, from nothing, and measure it on the test split"
     for name, run, what in (("policy", policy, policy_text), ("retriever", retriever, retriever_text)):
         parser = _command(kinds, name, run, what)
-        parser.add_argument("--hours", type=float, default=3.0, help="length on one free core; sets the steps (3)")
         parser.add_argument("--threads", type=int, default=1, help="processor threads (default: %(default)s)")
         parser.add_argument("--out", help="folder of the model (default: below the cache)")
         if name == "policy":
-            recipes = "small: for a processor, as long as --hours; large: wider steps for an accelerator (small)"
+            hours = "cut or stretch the small recipe to about so long, with two processes (default: as it is, 1.5)"
+            parser.add_argument("--hours", type=float, help=hours)
+            recipes = "small: for a processor; large: wider steps for an accelerator (small)"
             parser.add_argument("--recipe", choices=["small", "large"], default="small", help=recipes)
             parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to train (cpu)")
             parser.add_argument("--workers", type=int, default=0, help="processes that make the data (0)")
-            parser.add_argument("--processes", type=int, default=1, help="that train together on the processor (1)")
+            parser.add_argument("--processes", type=int, default=2, help="that train together on the processor (2)")
+        else:
+            parser.add_argument("--hours", type=float, default=3.0, help="length on one free core; sets the steps (3)")
     parser = _command(
         kinds, "report", report, "measure on the test split what makes MiniDocs hard for the scale models"
     )
@@ -338,10 +345,12 @@ def _grpo(commands) -> None:
     def run(arguments) -> None:
         from vrag_lib.stages import reinforce
 
-        print(f"model  {reinforce(_read(arguments, experiment=True), arguments.checkpoint)}")
+        config = _read(arguments, experiment=True)
+        print(f"model  {reinforce(config, arguments.checkpoint, seed=arguments.seed)}")
 
     what = "train the policy by GRPO on the questions that `vrag synthesize` set apart"
-    _command(commands, "grpo", run, what, [("checkpoint", "folder of the policy to start from")])
+    parser = _command(commands, "grpo", run, what, [("checkpoint", "folder of the policy to start from")])
+    parser.add_argument("--seed", type=int, help="seed of the training, on the same questions (default: the preset's)")
 
 
 def _evaluate(commands) -> None:

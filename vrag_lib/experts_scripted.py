@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from vrag_lib.actions import LAST_TURN, ActionKind, format_box, format_reply
 from vrag_lib.config import _doc
@@ -30,6 +31,14 @@ from vrag_lib.trajectory import ImageRef
 _ITEM = re.compile(r" by \S+ (.+)$")
 _READ_AT_ONCE = frozenset({"layout neighbour", "layout next"})
 """Templates whose answer is a heading, legible on the page at its standard size."""
+
+
+_COLUMNS = {
+    "value": "The figure for {}",
+    "change": "The change for {}",
+    "share": "The share of {}",
+    "entry": "The entry of {}",
+}
 
 
 @dataclass(frozen=True)
@@ -56,14 +65,22 @@ class Flaws:
 @dataclass(frozen=True)
 class _Hop:
     """One page that the question needs. `box` is the region, `answer` the value's ink, raw pixels; `legible` on the
-    page as shown; `finding` what the planner says when it has read it."""
+    page as shown; `sought` what the planner calls what it looks for, `finding` what it says when it has read it."""
 
     page_id: str
     box: Box
     answer: Box
     query: str
     legible: bool
+    sought: str
     finding: str
+
+
+def _sought(region: Mapping[str, Any], template: str) -> str:
+    """What a region holds, by the name that stands on the page beside it; only "It" where the name is the answer."""
+    if template in _READ_AT_ONCE or region["column"] not in _COLUMNS:
+        return "It"
+    return _COLUMNS[region["column"]].format(region["item"])
 
 
 class _Truth:
@@ -87,7 +104,8 @@ class _Truth:
         for number, (region, query) in enumerate(zip(regions, queries, strict=False)):
             template, first = extra["template"], number + 1 < len(regions)
             legible = region["element"] == "text" or template in _READ_AT_ONCE or (template == "bridge" and first)
-            finding = f"It is {region['value']}."
+            sought = _sought(region, template)
+            finding = f"{sought} is {region['value']}."
             if template == "bridge" and first:
                 finding = f"It is {_ITEM.search(queries[1])[1]}."  # type: ignore[index]
             elif template == "emblem" and first:
@@ -99,6 +117,7 @@ class _Truth:
                     Box(*region["answer_box"]),
                     query,
                     legible,
+                    sought,
                     finding,
                 )
             )
@@ -134,7 +153,7 @@ class ScriptedPlanner:
         read = _read(hops, images)
         found = hops[_read(hops, images[:-1]) : read] if is_new else []
         if found and not images[-1].is_crop and rng.random() < self.flaws.needless_crop:
-            return self._crop("I need to look closer at this region.", images[-1], found[-1], rng)
+            return self._crop(f"{found[-1].sought} is in this region.", images[-1], found[-1], rng)
         if read == len(hops):
             return self._answer(question, found, rng)
         if LAST_TURN in conversation[-1].text:
@@ -155,13 +174,14 @@ class ScriptedPlanner:
             return self._guess("The figure is not in this region.", question, rng)
         if rng.random() < self.flaws.no_crop:
             return self._guess("I can read it here.", question, rng)
-        return self._crop("The figure is too small to read here.", image, hop, rng)
+        return self._crop(f"{hop.sought} is too small to read here.", image, hop, rng)
 
     def _answer(self, question: Question, found: Sequence[_Hop], rng: random.Random) -> str:
         answer = _misread(question.reference_answer, rng, self.flaws.misread)
         word = {"sum": "The sum of both is", "difference": "The difference of both is"}.get(question.extra["template"])
         said = [hop.finding for hop in found] if word and answer == question.reference_answer else []
-        return format_reply(" ".join([*said, f"{word or 'It is'} {answer}."]), ActionKind.ANSWER, answer)
+        word = word or f"{found[-1].sought if found else 'It'} is"
+        return format_reply(" ".join([*said, f"{word} {answer}."]), ActionKind.ANSWER, answer)
 
     def _crop(self, thought: str, image: ImageRef, hop: _Hop, rng: random.Random) -> str:
         box = point(image, hop.box, rng, self.flaws.pointing, self.flaws.astray)

@@ -71,8 +71,8 @@ class MiniDocs:
         """All questions of a split in the unified item format.
 
         `extra` holds `answerable`, `answer_format`, `template`, `wording`, `rewritten_query`, `hop_queries` (one per
-        gold page) and `regions`: hop by hop `page`, `element`, `value`, `region_box` (row, bar, sentence, box) and
-        `answer_box` (the value's ink), both `[x1, y1, x2, y2]` in raw page pixels.
+        gold page) and `regions`: hop by hop `page`, `element`, `item`, `column`, `value`, `region_box` (row, bar,
+        sentence, box) and `answer_box` (the value's ink), both `[x1, y1, x2, y2]` in raw page pixels.
         """
         return tuple(question for document in self.documents(split) for question in self.unified(document))
 
@@ -161,6 +161,8 @@ def to_question(question: MiniQuestion, uid: str, file_name: str) -> Question:
         {
             "page": number,
             "element": fact.element,
+            "item": fact.item,
+            "column": fact.column,
             "value": fact.value,
             "region_box": _rounded(fact.region_box),
             "answer_box": _rounded(fact.answer_box),

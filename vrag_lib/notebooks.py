@@ -15,8 +15,10 @@ import json
 import os
 import shlex
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from vrag_lib.config import Config, ConfigError, load_config, save_config, to_dict
@@ -32,6 +34,9 @@ def start(stage: str, experiment: bool = False) -> Config:
     experiment: the preset as the stages of the paper's experiment use it (`config.EXPERIMENTS`)."""
     from IPython import get_ipython
 
+    # Bars of libraries would stay in the notebook as widgets, which only a running kernel can draw.
+    for library in ("HF_HUB", "HF_DATASETS"):  # transformers heeds the first
+        os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
     os.chdir(repository())
     if (shell := get_ipython()) is not None:
         shell.run_line_magic("matplotlib", "inline")
@@ -39,6 +44,41 @@ def start(stage: str, experiment: bool = False) -> Config:
     config = load_config(os.environ.get("VRAG_PRESET", "laptop"), overrides, experiment)
     save_config(config, config.folder(stage))
     return config
+
+
+@contextmanager
+def live_curves(metrics: str | Path, columns: Mapping[str, Sequence[str]], every_s: float = 2.0) -> Iterator[None]:
+    """Draw the `metrics.csv` of a training run in the cell as it grows, until the block is left (`plots.curves_figure`;
+    columns: title -> columns drawn). It only reads the file, so a run started elsewhere can be followed, too."""
+    import pandas as pd
+    from IPython.display import display
+
+    from vrag_lib.plots import curves_figure
+
+    path = Path(metrics)
+    handle = display("no step yet", display_id=True)
+    left = threading.Event()
+
+    def draw() -> None:
+        if path.is_file():
+            handle.update(curves_figure(pd.read_csv(path), columns))
+
+    def follow() -> None:
+        drawn = None
+        while not left.wait(every_s):
+            changed = path.stat().st_mtime_ns if path.is_file() else None
+            if changed != drawn:
+                draw()
+                drawn = changed
+
+    thread = threading.Thread(target=follow, name="live_curves", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        left.set()
+        thread.join()
+        draw()
 
 
 def repository() -> Path:

@@ -166,19 +166,26 @@ def interval_errors(table: pd.DataFrame, column: str, low: str = "_low", high: s
 
 
 def curves_figure(
-    table: pd.DataFrame, columns: Mapping[str, Sequence[str]], x: str = "step", width: float = 11.0
+    table: pd.DataFrame, columns: Mapping[str, Sequence[str]], x: str = "step", width: float = 11.0, over: str = ""
 ) -> Figure:
     """Curves of a training run: one panel per entry of `columns` (title -> columns drawn in it). Empty cells, as they
-    stand between validations, are skipped; columns that the table does not have are left out."""
+    stand between validations, are skipped; columns that the table does not have are left out.
+
+    over: the column that tells repeated runs apart, such as their seed. A line is then the mean of the runs, its band
+    reaches from the lowest to the highest, and both end where the shortest run does."""
     most = max((len(names) for names in columns.values()), default=0)
     below = most > 4  # a legend of many lines would cover them
     figure = Figure(figsize=(width, 3.2 + 0.1 * most * below), layout="constrained")
     colours = COLOURS if most <= len(COLOURS) else matplotlib.color_sequences["tab20"]
     for ax, (title, names) in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns.items(), strict=True):
         for name, colour in zip([n for n in names if n in table], _cycle(colours), strict=False):
-            known = table[[x, name]].dropna()
-            marker = "o" if len(known) == 1 else None  # a line of one point would not be seen
-            ax.plot(known[x], known[name], label=name, color=colour, linewidth=1.3, marker=marker)
+            # One column per run; a step that one of them lacks is left out.
+            runs = table.pivot(index=x, columns=over, values=name) if over else table.set_index(x)[[name]]
+            runs = runs.dropna()
+            marker = "o" if len(runs) == 1 else None  # a line of one point would not be seen
+            ax.plot(runs.index, runs.mean(axis=1), label=name, color=colour, linewidth=1.3, marker=marker)
+            if over:
+                ax.fill_between(runs.index, runs.min(axis=1), runs.max(axis=1), color=colour, alpha=0.18, linewidth=0)
         ax.set_title(title, fontsize=10)
         ax.set_xlabel(x)
         if ax.lines and below:

@@ -214,6 +214,19 @@ def sft_folder(config: Config, trajectories: int) -> Path:
     return config.folder("sft") / f"{trajectories}_trajectories_seed_{config.seed}"
 
 
+def find_cold_start(config: Config) -> Path | None:
+    """The finished cold start of this config and seed on the most trajectories, for `reinforce`; None if there is none.
+
+    A cold start with LoRA is an adapter; `training.merge_adapter` makes the checkpoint of it.
+    """
+    made = {
+        int(folder.name.partition("_")[0]): folder / "final"
+        for folder in config.folder("sft").glob(f"[0-9]*_trajectories_seed_{config.seed}")
+        if any((folder / "final" / name).is_file() for name in ("config.json", "adapter_config.json"))
+    }
+    return made[max(made)] if made else None
+
+
 def reinforce(
     config: Config,
     checkpoint: str | Path,
@@ -225,7 +238,8 @@ def reinforce(
     """Train a checkpoint, the cold start's as a rule, by GRPO on the questions set apart for it, with the reward that
     `grpo.recipe` names. Returns the folder of the trained adapter or checkpoint.
 
-    folder, seed: write elsewhere, train with another seed; which questions are set apart follows from `config.seed`.
+    seed: train with another one than `config.seed`, from which follows which questions are set apart; so the seeds of
+    one experiment share their questions. folder: write elsewhere than to `grpo/<recipe>_seed_<seed>`.
 
     Raises ConfigError for an unknown recipe.
     """
@@ -235,7 +249,8 @@ def reinforce(
     if config.grpo.recipe not in RECIPES:
         raise ConfigError(f"grpo.recipe is one of {', '.join(RECIPES)}, not {config.grpo.recipe!r}")
     train = train or collection(config, "train")
-    folder = folder or config.folder("grpo") / f"{config.grpo.recipe}_seed_{config.seed}"
+    seed = config.seed if seed is None else seed
+    folder = folder or config.folder("grpo") / f"{config.grpo.recipe}_seed_{seed}"
     save_config(config, folder)
     return train_grpo(
         checkpoint,
@@ -246,7 +261,7 @@ def reinforce(
         folder,
         environment=config.environment,
         reward=functools.partial(score, recipe=RECIPES[config.grpo.recipe]),
-        seed=config.seed if seed is None else seed,
+        seed=seed,
         device=config.policy.device,
         preset=config.preset,
     )

@@ -21,6 +21,7 @@ from vrag_lib.config import LORA_TARGETS
 from vrag_lib.torch_setup import ensure_torchvision
 
 if TYPE_CHECKING:
+    import pandas as pd
     import torch
 
 _STATE, _OPTIMIZER = "trainer_state.json", "optimizer.safetensors"
@@ -107,6 +108,20 @@ class MetricsFile:
             writer.writeheader()
             writer.writerows(self.rows)
         os.replace(partial, self.path)
+
+
+def read_runs(folder: str | Path) -> pd.DataFrame:
+    """The curves of all training runs below `folder` that are named `<run>_seed_<seed>`, as `vrag grpo` and `vrag sft`
+    name them: their `metrics.csv` one below the other, with columns `run` and `seed` in front. Empty without any."""
+    import pandas as pd
+
+    tables = []
+    for path in sorted(Path(folder).glob("*_seed_*/metrics.csv")):
+        run, _, seed = path.parent.name.rpartition("_seed_")
+        if seed.isdecimal():
+            table = pd.read_csv(path)
+            tables.append(pd.concat([pd.DataFrame({"run": run, "seed": int(seed)}, table.index), table], axis=1))
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
 class RunFolder:
