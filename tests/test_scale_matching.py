@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -16,10 +18,11 @@ from vrag_lib.scale_matching import (  # noqa: E402
     FREE,
     READ,
     begin_with_codes,
+    begin_with_copying,
     character_codes,
 )
 from vrag_lib.scale_policy import BOX_STEP, build_model, build_processor, coordinate_tokens  # noqa: E402
-from vrag_lib.scale_reading import BOX_TO_NAME, NAME_TO_HALF, of_head  # noqa: E402
+from vrag_lib.scale_reading import BOX_TO_NAME, COPY_TO_NEXT, NAME_TO_HALF, of_head  # noqa: E402
 
 WIDTH, WORDS = 192, 96
 
@@ -83,6 +86,19 @@ def test_a_box_that_is_told_is_written(begun):
         state[COORDINATE:CHARACTER] = codes[number]
         best = (embeddings @ state).topk(2).indices.tolist()
         assert {tokenizer.decode([token]) for token in best} == set(coordinate_tokens(number * BOX_STEP))
+
+
+def test_a_token_that_is_looked_at_is_written(begun):
+    """What the copying head adds for a word's embedding makes this word the likeliest of a thousand."""
+    model = copy.deepcopy(begun[0])
+    begin_with_copying(model)
+    layer, head = COPY_TO_NEXT
+    attention = model.model.language_model.layers[layer].self_attn
+    own = slice(head * attention.head_dim, (head + 1) * attention.head_dim)
+    with torch.no_grad():
+        words = model.get_input_embeddings().weight[1000:2000]
+        written = words @ attention.v_proj.weight[own].T @ attention.o_proj.weight[:, own].T
+        assert ((written @ words.T).argmax(-1) == torch.arange(1000)).float().mean() > 0.95
 
 
 def test_characters_have_one_code_in_every_slot():

@@ -364,6 +364,27 @@ def test_cards_have_neighbours(built):
     assert word_token(tokenizer, left.item) in cells.neighbours[:, 0]
 
 
+def test_a_copied_answer_is_looked_up_in_its_question(built):
+    """While a copied answer is written, one head is shown the token of the question that comes next; and another, at
+    each of these tokens, the one in front of it."""
+    from vrag_lib.scale_reading import COPY_TO_NEXT, TO_BEFORE, make_batch
+    from vrag_lib.scale_tasks import draw_samples
+
+    tokenizer = built[1].tokenizer
+    drawn = draw_samples(random.Random(4), "train", 6, MiniDocsConfig(), {"language": 2})
+    turns = [turn for sample in drawn for turn in sample.turns]
+    assert {turn.kind for turn in turns} == {"copy", "measure"}
+    assert all(turn.answer in turn.question for turn in turns if turn.copied)
+    batch = make_batch(tokenizer, drawn)
+    gaze, before = batch.gaze[COPY_TO_NEXT], batch.gaze[TO_BEFORE]
+    assert len(gaze.row) >= sum(turn.copied for turn in turns) and not gaze.gold[:, 0].any()
+    for row, column, gold in zip(gaze.row, gaze.column, gaze.gold, strict=True):
+        written = tokenizer.decode(batch.input_ids[row, column + 1 : column + 2]).strip()
+        seen = tokenizer.decode(batch.input_ids[row][gold])
+        assert written and (written in seen or seen.strip() in written)
+    assert (before.gold.int().argmax(1) == before.column - 1).all() and (before.gold.sum(1) == 1).all()
+
+
 def test_words_are_found_where_they_stand():
     """Worked by hand: of three cells, word 5 stands in the upper half of the first and word 6 in the lower half of the
     second; the third shows nothing, and of the other halves nothing is known."""
@@ -538,14 +559,14 @@ def test_the_whole_recipe_in_miniature(tmp_path, monkeypatch):
     monkeypatch.setattr(scale_training, "HELD_OUT_BATCHES", 1)
     steps = Schedule(steps=2, muon=1e-3, adamw=1e-3, warmup=1)
     recipe = scale_training.PolicyTraining(
-        0, steps, steps, steps, cells_per_step=48, pages_per_step=1, cell_pages_per_step=1
+        0, steps, steps, steps, steps, cells_per_step=48, pages_per_step=1, cell_pages_per_step=1
     )
     out, results = tmp_path / "policy", tmp_path / "results"
     rows = make_policy(out, results, tmp_path / "work", recipe, test_documents=1)
     assert {row["task"] for row in rows} == {"crop", "page", "region", "title"}
     assert all(0 <= row["low"] <= row["right"] <= row["high"] <= 1 for row in rows)
-    assert (results / "curve_joint.csv").read_text().splitlines()[-1].startswith("2,")
-    assert {p.stem for p in results.glob("*.png")} == {"curve_dense", "curve_reading", "curve_joint"}
+    assert (results / "curve_copying.csv").read_text().splitlines()[-1].startswith("2,")
+    assert {p.stem for p in results.glob("*.png")} == {f"curve_{stage}" for stage in scale_training.STAGES}
     card = (out / "README.md").read_text()
     assert "value from the crop of its region" in card and "dense 2 steps" in card
     weights = (out / "model.safetensors").read_bytes()

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from vrag_lib.config import Config, ConfigError, cache_dir
 from vrag_lib.corpus import Corpus
+from vrag_lib.geometry import PATCH
+from vrag_lib.minidocs_documents import PAGE_TOKENS
 from vrag_lib.policy import Policy
 from vrag_lib.retrieval import Retriever
 
@@ -100,7 +102,9 @@ def make_policy(corpus: Corpus, config: Config) -> Policy:
     if settings.kind == "transformers":
         from vrag_lib.policy_transformers import TransformersPolicy
 
-        model = settings.model or scale_policy()
+        # The scale policy reads MiniDocs at its own size; pages of other documents are shown larger.
+        fits = config.environment.max_pixels <= PAGE_TOKENS * PATCH * PATCH
+        model = settings.model or (scale_policy() if fits else None)
         if not model:
             raise ConfigError("policy.kind=transformers needs policy.model=, a path or hub id of a Qwen2-VL-type model")
         return TransformersPolicy.from_pretrained(

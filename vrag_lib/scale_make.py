@@ -72,9 +72,11 @@ def draw_curves(folder: Path) -> list[Path]:
             continue
         others = [name for name in table.columns if name not in ("step", "loss", "validation loss", "seconds")]
         held_out = [name for name in others if name.startswith(_HELD_OUT)]
+        looking = [name for name in others if "gaze" in name or name.endswith("found")]
         panels = {
             "loss": [name for name in ("loss", "validation loss") if name in table],
-            "right on training steps": [name for name in others if name not in held_out],
+            "right on training steps": [name for name in others if name not in (*held_out, *looking)],
+            "heads that look where they should": [name for name in looking if name not in held_out],
             "right on held-out pages": held_out,
         }
         panels = {title: names for title, names in panels.items() if names}
@@ -147,7 +149,7 @@ Every answer is in `results/laptop/scale_model/policy/perception_probes.csv`.
 scraped text, no other model): {stages}. First the vision tower learns to tell, cell by cell, the characters of
 pages of random text and the characters and words of MiniDocs training pages, with the boxes of what those words name;
 then the language model learns to read through the fixed tower, some of its heads shown where to look; then everything
-is trained together.
+is trained together; last, the language model learns to write words of a question again, as others can.
 Curves are in `results/laptop/scale_model/policy/`, settings and versions in `training.json`.
 {note}
 ## Limits

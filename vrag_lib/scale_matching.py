@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from vrag_lib.scale_cells import BOX_CODE, COORDINATES, WORD_CODE
 from vrag_lib.scale_characters import CHARACTERS, SLOTS
 from vrag_lib.scale_policy import BOX_STEP, coordinate_tokens
-from vrag_lib.scale_reading import ANSWER_TO_CELLS, BOX_TO_NAME, NAME_TO_HALF
+from vrag_lib.scale_reading import ANSWER_TO_CELLS, BOX_TO_NAME, COPY_TO_NEXT, NAME_TO_HALF
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +43,10 @@ features, drowns what token it was."""
 
 SIZE = 0.45
 """About what the residual stream of text has when the second layer reads it; that of cells is near 1."""
+
+
+COPY_GAIN = 1.5
+"""How much larger a copied embedding is written than it was read."""
 
 
 def begin_with_codes(model: Any, tokenizer: Any, heads: Any) -> None:
@@ -82,6 +86,22 @@ def begin_with_codes(model: Any, tokenizer: Any, heads: Any) -> None:
         _copy(text, ANSWER_TO_CELLS[0], *(sum(part) for part in zip(*shows, strict=True)), 0)
         _copy(text, ANSWER_TO_CELLS[1], slots, slots.new_zeros(len(slots)), READ)
         _choose(text.layers[ANSWER_TO_CELLS[1][0]].mlp, SLOTS, CHARACTER, CHARACTER_CODE)
+
+
+def begin_with_copying(model: Any) -> None:
+    """Let the head that is shown what to copy write the token that it looks at: most of its embedding, to where
+    embeddings are compared with what is to be written."""
+    import torch
+
+    text, embeddings = model.model.language_model, model.get_input_embeddings().weight.detach()
+    layer, head = COPY_TO_NEXT
+    attention = text.layers[layer].self_attn
+    own = slice(head * attention.head_dim, (head + 1) * attention.head_dim)
+    strongest = torch.linalg.svd(embeddings - embeddings.mean(0), full_matrices=False)[2][: attention.head_dim]
+    with torch.no_grad():
+        attention.v_proj.weight[own] = strongest
+        attention.v_proj.bias[own] = 0
+        attention.o_proj.weight[:, own] = COPY_GAIN * strongest.T
 
 
 def _by_half(reading: Any, width: int) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -39,10 +39,13 @@ NAME_TO_CARD: Head = (1, 2)
 ANSWER_TO_NAME: Head = (2, 1)
 BOX_TO_NAME: Head = (2, 2)
 ANSWER_TO_CELLS: tuple[Head, ...] = ((2, 0), (3, 0))
+TO_BEFORE: Head = (0, 0)
+COPY_TO_NEXT: Head = (3, 1)
 """Heads that are shown where to look. The last token of what a question names: at the cells that show it in their upper
 half, in their lower half, or as a card named by its place; at the first token of all where there are none.
 An answer while it is written: at that last token, a box with two heads, the second of which looks at the first token of
-all in other answers; and at the cells where the next of it is to be read."""
+all in other answers; and at the cells where the next of it is to be read. Where a question holds its answer: its tokens
+at those before them, and the answer at what comes next in the question."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +156,22 @@ def looks_of(turn: Asked, row: int, first_cell: int, grid: Grid, named_at: int, 
     return found
 
 
+def looks_of_copy(
+    turn: Asked, row: int, first: int, asked: Sequence[tuple[int, int]], spans: Sequence[Span]
+) -> list[Look]:
+    """Where heads should look to copy the answer from the question. `asked` are the first character of every token of
+    the question, counted in the question, and the one behind its last; the first of them stands in column `first`."""
+    start = turn.question.rindex(turn.answer)
+    looks: list[Look] = []
+    copied = [n for n, (begin, end) in enumerate(asked) if end > start and begin < start + len(turn.answer)]
+    looks += [(TO_BEFORE, row, first + n, [first + n - 1]) for n in copied]
+    for column, begin, end in spans:
+        at = [n for n in copied if asked[n][0] < start + end and asked[n][1] > start + begin]
+        if at and end > begin:
+            looks.append((COPY_TO_NEXT, row, column - 1, [first + n for n in at]))
+    return looks
+
+
 def make_batch(tokenizer: Any, samples: Sequence[Sample]) -> Batch:
     """Encode samples as one batch."""
     import torch
@@ -176,11 +195,15 @@ def make_batch(tokenizer: Any, samples: Sequence[Sample]) -> Batch:
             ids += encode(AGAIN) if number else []
             named_end = turn.question.rfind(turn.named) + len(turn.named)
             named_at = len(ids) + len(encode(turn.question[:named_end])) - 1
-            ids += encode(turn.question + ASK)
+            asked = tokenizer(turn.question + ASK, add_special_tokens=False, return_offsets_mapping=True)
+            first = len(ids)
+            ids += asked["input_ids"]
             said = tokenizer(turn.answer + END, add_special_tokens=False, return_offsets_mapping=True)
             length = len(turn.answer)
             spans = [(len(ids) + i, start, min(end, length)) for i, (start, end) in enumerate(said["offset_mapping"])]
             looks += looks_of(turn, row, starts[-1], sample.grid, named_at, spans)
+            if turn.copied:
+                looks += looks_of_copy(turn, row, first, asked["offset_mapping"], spans)
             where += [(row, column, len(kinds)) for column, _, _ in spans]
             kinds.append(turn.kind)
             ids += said["input_ids"]

@@ -28,6 +28,8 @@ NAME = "Whose page is this?"
 ITEMS = "Which items are listed?"
 TEXT = "Read the text."
 WHERE = "Where is: "
+REPEAT = "Repeat: "
+WHO, WHICH, WHAT = "Whose page is asked for: ", "Which item is asked for: ", "Which measure is asked for: "
 
 _MEASURES = {measure.name: measure for measure in MEASURES}
 _CAPTIONS = {board.title: board.caption for board in (*BOARDS, *FLOWS)}
@@ -40,7 +42,8 @@ class Asked:
 
     `places` are where the answer is read, for a box the label of its region; `printed` says that there it is printed in
     one line. `named` ends the part of the question that names something on the image,
-    `named_places` are where that stands, and `card` says that it is named by its place among others.
+    `named_places` are where that stands, and `card` says that it is named by its place among others. `copied` says that
+    the question itself holds the answer.
     """
 
     kind: str
@@ -51,6 +54,7 @@ class Asked:
     named: str = ""
     named_places: tuple[Box, ...] = ()
     card: bool = False
+    copied: bool = False
 
 
 @dataclass(frozen=True)
@@ -332,14 +336,36 @@ class PageSamples:
             turns.append(Asked("text", TEXT, text))
         return self._sample(view, turns) if turns else self.crop()
 
+    def language(self) -> Sample:
+        """What is asked about a text instead of the image, a small cut-out: to write it, or a part of it, again, as
+        every language model can."""
+        rng = self.rng
+        view, fact = self.close_view()
+        turns = [self._repeated(), self._repeated()]
+        if fact.column in _FIGURES:
+            question = self.writer.ask(self.document.name, fact)[1]
+            turns.append(Asked("copy", WHO + question, self.document.name, copied=True))
+            turns.append(Asked("copy", WHICH + question, fact.item, copied=True))
+            turns.append(Asked("measure", WHAT + question, fact.subject))
+        return self._sample(view, rng.sample(turns, min(len(turns), 3)))
+
+    def _repeated(self) -> Asked:
+        """Words of the document in any order, to be repeated from some word on."""
+        facts = self.rng.sample(self.page.facts, min(2, len(self.page.facts)))
+        parts = [self.document.name, *(f.item for f in facts), *{f.subject for f in facts}]
+        self.rng.shuffle(parts)
+        text = " ".join(part for part in parts if part)
+        return Asked("copy", REPEAT + text, text, copied=True)
+
     def _sample(self, view: View, turns: list[Asked]) -> Sample:
         """The questions in random order."""
         self.rng.shuffle(turns)
         return Sample(render(self.image, view), tuple(turns))
 
 
-MIX = {"whole": 1, "crop": 2, "several": 1, "close": 0}
-"""Samples per page that draw the curves: the page, crops of facts, of several facts, cut-outs around a figure."""
+MIX = {"whole": 1, "crop": 2, "several": 1, "close": 0, "language": 0.5}
+"""Samples per page that draw the curves: the page, crops of facts, of several facts, cut-outs around a figure, words of
+questions."""
 
 
 def draw_samples(

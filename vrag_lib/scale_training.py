@@ -1,13 +1,15 @@
 """Train the scale policy from nothing (`vrag scale-model`): it learns to perceive, and nothing of the agent's task.
 
-Not part of the paper, whose models come trained. Three stages, each resumable, each a function of seed and settings:
+Not part of the paper, whose models come trained. Four stages, each resumable, each a function of seed and settings:
 
 1. dense: the vision tower learns to tell, cell by cell, characters on pages of random text and, on MiniDocs training
    pages and parts of them, characters, words and the boxes of what words name (`scale_cells`);
 2. reading: the language model, beginning with what the tower tells of words and boxes (`scale_matching`), learns to
    read, find and name things on MiniDocs training pages, crops and cut-outs through the fixed tower, some of its heads
    shown where to look (`gaze_losses`);
-3. joint: everything together at a falling rate, naming characters, words and boxes going on beside it.
+3. joint: everything together at a falling rate, naming characters, words and boxes going on beside it;
+4. copying: the language model learns what every other one can, to write words of a question again, while it goes on
+   reading through the fixed tower.
 
 Trained on documents of the training split only, which are drawn on the spot and never repeat; the validation split
 draws the curves; the test split is used by `scale_evaluate` alone.
@@ -28,7 +30,7 @@ from vrag_lib.minidocs_documents import MiniDocsConfig
 from vrag_lib.scale_cells import Cells, cell_batch, cell_heads, cell_loss, slot_loss
 from vrag_lib.scale_characters import BINS, CHARACTERS, GRIDS, SLOTS, draw_character_page
 from vrag_lib.scale_loop import Counts, Schedule, Tally, process_rank, train, wait_for_all
-from vrag_lib.scale_matching import begin_with_codes
+from vrag_lib.scale_matching import begin_with_codes, begin_with_copying
 from vrag_lib.scale_optim import keep_freed_memory
 from vrag_lib.scale_policy import build_model, build_processor
 from vrag_lib.scale_reading import Batch, float32_attention, make_batch, naming_loss, reading_loss
@@ -41,7 +43,9 @@ if TYPE_CHECKING:
 
 READING_MIX = {"whole": 1.0, "several": 0.7, "crop": 2.5, "close": 2.0}
 JOINT_MIX = {"whole": 1.0, "several": 0.7, "crop": 2.5, "close": 0.5}
-"""Samples per page while the language model learns to read, and in the last stage."""
+COPYING_MIX = {"whole": 0.7, "several": 0.5, "crop": 1.5, "close": 0.5, "language": 3.0}
+MIXES = {"reading": READING_MIX, "joint": JOINT_MIX, "copying": COPYING_MIX}
+"""Samples per page while the language model learns to read, while all is trained, and while it learns to copy."""
 
 NAMING_PAGES = 4
 """Pages whose words are looked for in each step of reading."""
@@ -208,8 +212,9 @@ def dense_stage(trained: Trained, recipe: PolicyTraining, folder: Path, curve: P
 def reading_stage(
     name: str, trained: Trained, recipe: PolicyTraining, folder: Path, curve: Path, device: str, workers: int
 ) -> None:
-    """Stages 2 and 3, `reading` and `joint`: titles, text, places and values on MiniDocs training pages. In the first
-    of them the tower stays as it is; in the second everything is trained, and the dense stage's losses go on beside."""
+    """Stages 2 to 4, `reading`, `joint` and `copying`: titles, text, places and values on MiniDocs training pages, and
+    in the last of them words of the questions. In `joint` everything is trained, and the dense stage's losses go on
+    beside; in the others the tower stays as it is."""
     import torch
 
     config, model, tokenizer = MiniDocsConfig(), trained.model, trained.tokenizer
@@ -219,13 +224,14 @@ def reading_stage(
         for i in range(HELD_OUT_BATCHES)
     ]
     model.model.visual.requires_grad_(joint)
-    if not joint:
+    if name == "reading":
         begin_with_codes(model, tokenizer, trained.cells)
+    if name == "copying":
+        begin_with_copying(model)
 
     def batch_of_step(number: int) -> tuple[list[Batch], Batch, DenseBatch | None]:
         rng = random.Random(f"{seed}/{name}/{number}")
-        mix = JOINT_MIX if joint else READING_MIX
-        samples = draw_samples(rng, "train", recipe.pages_per_step, config, mix)
+        samples = draw_samples(rng, "train", recipe.pages_per_step, config, MIXES[name])
         samples.sort(key=lambda s: s.grid[0] * s.grid[1] + 20 * len(s.turns))  # similar lengths together: less padding
         cuts = [len(samples) * i // recipe.parts_per_step for i in range(recipe.parts_per_step + 1)]
         parts = [make_batch(tokenizer, samples[start:end]) for start, end in pairwise(cuts) if start < end]
@@ -262,9 +268,9 @@ def reading_stage(
         train(name, modules, batch_of_step, loss_of_batch, schedule, folder, curve, evaluate, 200, workers)
 
 
-STAGES = ("dense", "reading", "joint")
+STAGES = ("dense", "reading", "joint", "copying")
 
-SECONDS_PER_STEP = {"dense": 0.33, "reading": 0.65, "joint": 1.4}
+SECONDS_PER_STEP = {"dense": 0.33, "reading": 0.65, "joint": 1.4, "copying": 0.65}
 """Seconds of one step of every stage of the small recipe on one core of a 2024 server with bfloat16 instructions, the
 other core as busy. (An EPYC of 2017 takes some three times as long.)"""
 
@@ -272,6 +278,7 @@ other core as busy. (An EPYC of 2017 takes some three times as long.)"""
 DENSE = Schedule(steps=5600, muon=4e-3, adamw=3e-3)
 READING = Schedule(steps=3900, muon=0, adamw=1.5e-3, decay=0.3)
 JOINT = Schedule(steps=800, muon=5e-4, adamw=1e-3, decay=0.9)
+COPYING = Schedule(steps=1000, muon=0, adamw=7e-4, decay=0.6)
 
 
 @dataclass(frozen=True)
@@ -285,6 +292,7 @@ class PolicyTraining:
     dense: Schedule = DENSE
     reading: Schedule = READING
     joint: Schedule = JOINT
+    copying: Schedule = COPYING
     cells_per_step: int = 200
     cell_pages_per_step: int = 2
     pages_per_step: int = 2
@@ -297,7 +305,7 @@ class PolicyTraining:
         keeps its share. The number of steps depends on `hours` alone.
 
         >>> PolicyTraining.of_hours(3).reading.steps
-        7654
+        6845
         """
         whole = cls(seed=seed)
         stages = {name: getattr(whole, name) for name in SECONDS_PER_STEP}
@@ -315,6 +323,7 @@ class PolicyTraining:
             dense=replace(small.dense, steps=4000),
             reading=replace(small.reading, steps=1500),
             joint=replace(small.joint, steps=3000, muon=1e-3),
+            copying=replace(small.copying, steps=500),
             cells_per_step=1920,
             pages_per_step=12,
             cell_pages_per_step=12,
