@@ -385,6 +385,26 @@ def test_a_copied_answer_is_looked_up_in_its_question(built):
     assert (before.gold.int().argmax(1) == before.column - 1).all() and (before.gold.sum(1) == 1).all()
 
 
+def test_questions_follow_the_seed_and_not_the_process():
+    """Strings hash differently in every process; what is asked does not."""
+    code = (
+        "import random; from vrag_lib.minidocs_documents import MiniDocsConfig, build_document\n"
+        "from vrag_lib.scale_tasks import PageSamples\n"
+        "documents = (build_document(MiniDocsConfig(), 'train', i) for i in range(60))\n"
+        "found = ((d, p) for d in documents for p in d.pages if len({f.subject for f in p.facts}) > 1)\n"
+        "maker = PageSamples(*next(found), random.Random(1))\n"
+        "for kind in ('whole', 'crop', 'several', 'close', 'language') * 4:\n"
+        "    print(getattr(maker, kind)().turns)"
+    )
+    asked = {
+        subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, check=True
+        ).stdout
+        for seed in ("1", "2", "3")
+    }
+    assert len(asked) == 1 and asked.pop().count(b"kind='copy'") > 4
+
+
 def test_words_are_found_where_they_stand():
     """Worked by hand: of three cells, word 5 stands in the upper half of the first and word 6 in the lower half of the
     second; the third shows nothing, and of the other halves nothing is known."""

@@ -39,6 +39,7 @@ _COLUMNS = {
     "share": "The share of {}",
     "entry": "The entry of {}",
 }
+"""What the planner calls a figure, by its column, for an item."""
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,9 @@ from pathlib import Path
 
 from vrag_lib.config import Config, ConfigError, cache_dir
 from vrag_lib.corpus import Corpus
-from vrag_lib.geometry import PATCH
-from vrag_lib.minidocs_documents import PAGE_TOKENS
 from vrag_lib.policy import Policy
 from vrag_lib.retrieval import Retriever
+from vrag_lib.scale_policy import MAX_PIXELS, WEIGHTS
 
 RETRIEVERS = ("text", "bm25", "dense", "visual", "remote")
 POLICIES = ("extractive", "transformers", "openai")
@@ -80,8 +79,7 @@ def laptop_colqwen2() -> Path:
 
 def scale_policy() -> Path | None:
     """The scale policy that the repository ships: what the laptop's experiment starts from; None where it is absent."""
-    shipped = Path(__file__).resolve().parent.parent / "data" / "scale_policy"
-    return shipped if (shipped / "config.json").is_file() else None
+    return WEIGHTS if (WEIGHTS / "config.json").is_file() else None
 
 
 def make_policy(corpus: Corpus, config: Config) -> Policy:
@@ -103,7 +101,7 @@ def make_policy(corpus: Corpus, config: Config) -> Policy:
         from vrag_lib.policy_transformers import TransformersPolicy
 
         # The scale policy reads MiniDocs at its own size; pages of other documents are shown larger.
-        fits = config.environment.max_pixels <= PAGE_TOKENS * PATCH * PATCH
+        fits = config.environment.max_pixels <= MAX_PIXELS
         model = settings.model or (scale_policy() if fits else None)
         if not model:
             raise ConfigError("policy.kind=transformers needs policy.model=, a path or hub id of a Qwen2-VL-type model")

@@ -257,8 +257,8 @@ def coordinate_codes() -> np.ndarray:
 
 
 def cell_loss(visual: Any, heads: Any, batch: Cells) -> tuple[torch.Tensor, Counts]:
-    """Weighted sum of the mean cross-entropies of characters, words, neighbours, positions and coordinates. Of
-    boxes it is counted how many overlap the true one by half."""
+    """Weighted sum of the mean cross-entropies of characters, words, neighbours, positions and coordinates, and of the
+    `finding_loss` of each image. Of boxes it is counted how many overlap the true one by half."""
     import torch
     from torch.nn import functional as F
 
@@ -275,13 +275,10 @@ def cell_loss(visual: Any, heads: Any, batch: Cells) -> tuple[torch.Tensor, Coun
             losses.append(weight * F.cross_entropy(logits, target))
             shows = target != batch.nothing
             counts[name] = (((logits.argmax(-1) == target) & shows).sum(), shows.sum())
+    sizes = [rows * columns for rows, columns in batch.grids]
     found = [
         finding_loss(codes, shown, heads["codes"].weight, batch.nothing)
-        for codes, shown in zip(
-            read[:, :HALVES].split([rows * columns for rows, columns in batch.grids]),
-            batch.words.split([rows * columns for rows, columns in batch.grids]),
-            strict=True,
-        )
+        for codes, shown in zip(read[:, :HALVES].split(sizes), batch.words.split(sizes), strict=True)
     ]
     losses.append(0.5 * sum(loss for loss, _ in found) / len(found))
     counts["found"] = tuple(sum(part) for part in zip(*(count for _, count in found), strict=True))

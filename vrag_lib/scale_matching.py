@@ -12,7 +12,7 @@ them into its residual stream instead, at tokens of text:
 
 The heads that look names up compare codes of words and copy boxes; the head that looks back at the name copies them on,
 and a few units of that layer are to choose which coordinate comes next; the same for characters one layer later. Which
-place attends to what, and what comes next, is learnt.
+place attends to what, and what comes next, is learnt. `begin_with_copying` does the like for words of a question.
 
 Not part of the paper, whose models come trained.
 """
@@ -45,6 +45,9 @@ SIZE = 0.45
 """About what the residual stream of text has when the second layer reads it; that of cells is near 1."""
 
 
+CODE_NORM, WORD_NORM = 1.0, 0.3
+"""The final norm where the codes of what to write next stand, and where those of words do."""
+
 COPY_GAIN = 1.5
 """How much larger a copied embedding is written than it was read."""
 
@@ -52,7 +55,8 @@ COPY_GAIN = 1.5
 def begin_with_codes(model: Any, tokenizer: Any, heads: Any) -> None:
     """Set embeddings, final norm and some heads and units of a Qwen2.5-VL in place. `heads` are those of `cell_heads`.
 
-    The final norm is scaled down as far as embeddings are up, so that what is written first stays as likely.
+    The final norm is scaled down as far as embeddings are up, so that what is written first stays as likely; but less
+    so where codes stand, which could not move a logit otherwise.
     """
     import torch
 
@@ -61,8 +65,7 @@ def begin_with_codes(model: Any, tokenizer: Any, heads: Any) -> None:
     characters, slots = character_codes(heads["characters"].weight.detach())
     with torch.no_grad():
         text.norm.weight *= float(embeddings.std()) / EMBEDDING_STD
-        text.norm.weight[COORDINATE:FREE] = 1
-        text.norm.weight[:WORD_CODE] = 0.3
+        text.norm.weight[COORDINATE:FREE], text.norm.weight[:WORD_CODE] = CODE_NORM, WORD_NORM
         embeddings *= EMBEDDING_STD / embeddings.std()
         embeddings[:, :WORD_CODE] = _sized(words)
         embeddings[:, READ:FREE] = 0

@@ -291,9 +291,7 @@ class PageSamples:
         least_em = min(t.font.px for t in page.canvas.texts) * view.shown.height / view.box.height
         turns = []
         for fact in rng.sample(chosen, min(len(chosen), 3)):
-            if not _inside(fact.region_box, view.box, slack=4):
-                continue
-            if least_em >= 9:
+            if least_em >= 9 and _inside(fact.region_box, view.box, slack=4):
                 turns.append(self.value_question("several", view, fact))
         return self._sample(view, turns) if turns else self.crop()
 
@@ -350,9 +348,9 @@ class PageSamples:
         return self._sample(view, rng.sample(turns, min(len(turns), 3)))
 
     def _repeated(self) -> Asked:
-        """Words of the document in any order, to be repeated from some word on."""
+        """The names of a document, of some items and of their measures, in any order, to be written again."""
         facts = self.rng.sample(self.page.facts, min(2, len(self.page.facts)))
-        parts = [self.document.name, *(f.item for f in facts), *{f.subject for f in facts}]
+        parts = [self.document.name, *(f.item for f in facts), *dict.fromkeys(f.subject for f in facts)]
         self.rng.shuffle(parts)
         text = " ".join(part for part in parts if part)
         return Asked("copy", REPEAT + text, text, copied=True)
