@@ -60,7 +60,7 @@ def test_speedups_are_of_the_turns_and_of_the_least():
 
 
 def test_questions_come_from_all_over_the_split(monkeypatch):
-    split = Collection(tuple("abcdefgh"), None, None)
+    split = Collection(tuple("abcdefgh"), None, lambda: None)
     monkeypatch.setattr(bench_agent, "collection", lambda config, name: split)
     assert bench_agent.minidocs_questions(None, 3, 2, 1) == (split, ["a", "c", "f"])
     for sizes, message in [

@@ -81,7 +81,7 @@ def test_settings_that_do_not_fit_are_refused(trajectories):
 
 
 def test_the_command_updates_on_the_experts_trajectories_of_each_group(tmp_path, monkeypatch):
-    split = Collection(QUESTIONS, corpus(), retriever())
+    split = Collection(QUESTIONS, corpus(), retriever)
     monkeypatch.setattr(bench_update, "minidocs_questions", lambda config, *sizes: (split, list(QUESTIONS[:2])))
     monkeypatch.setattr(bench_update, "make_expert_policy", lambda *_: ScriptedPolicy(SCRIPTS[1]))
     monkeypatch.setattr(bench_update, "bench_update", lambda *arguments, **settings: (arguments, settings))

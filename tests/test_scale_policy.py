@@ -91,11 +91,19 @@ def test_patches_are_those_of_the_processor(built, samples):
     assert torch.allclose(own, ours, atol=1e-5)
 
 
-def test_the_training_loss_is_the_model_s_own(built, samples):
+@pytest.fixture(scope="module")
+def conversations():
+    drawn = draw_samples(random.Random(3), "train", 2, MiniDocsConfig(), {"conversation": 3})
+    return [sample for sample in drawn if sample.later]
+
+
+@pytest.mark.parametrize("several_images", [False, True])
+def test_the_training_loss_is_the_model_s_own(built, samples, conversations, several_images):
     from vrag_lib.scale_reading import make_batch, reading_loss
 
     model, processor = built
-    batch = make_batch(processor.tokenizer, samples[:4])
+    chosen = conversations if several_images else samples[:4]
+    batch = make_batch(processor.tokenizer, chosen)
     labels = torch.full_like(batch.input_ids, -100)
     labels[batch.row, batch.column] = batch.input_ids[batch.row, batch.column]
     patches = batch.images.patches.float() / 127.5 - 1
@@ -105,7 +113,9 @@ def test_the_training_loss_is_the_model_s_own(built, samples):
             input_ids=batch.input_ids,
             attention_mask=(batch.input_ids != processor.tokenizer.pad_token_id).long(),
             pixel_values=frames,
-            image_grid_thw=torch.tensor([(1, 2 * r, 2 * c) for r, c in (s.grid for s in samples[:4])]),
+            image_grid_thw=torch.tensor(
+                [(1, i.height // 14, i.width // 14) for sample in chosen for i in sample.images.values()]
+            ),
             mm_token_type_ids=batch.is_image.int(),
             labels=labels,
         ).loss
@@ -126,6 +136,41 @@ def test_samples_say_what_the_pages_say(samples):
                 box = parse_reply(f"<bbox>{turn.answer}</bbox>").box
                 assert box.area > 0 and box.x2 <= sample.image.width and box.y2 <= sample.image.height
                 assert all(iou(box, place) > 0 for place in turn.places)
+
+
+def test_a_conversation_asks_about_its_newest_image(built, conversations):
+    """Texts first, then images: places lie on the image shown last, and heads look at no cell of an earlier one."""
+    from vrag_lib.scale_reading import NAME_TO_HALF, make_batch
+
+    assert any(len(sample.later) > 2 for sample in conversations)
+    for sample in conversations:
+        first = min(sample.images)
+        assert {turn.kind for turn in sample.turns[:first]} <= {"copy", "measure"} and first >= 3
+        shown = None
+        for number, turn in enumerate(sample.turns):
+            shown = sample.images.get(number, shown)
+            for place in (*turn.places, *turn.named_places):
+                assert place.intersection(Box(0, 0, shown.width, shown.height)).area > 0.9 * place.area
+    batch = make_batch(built[1].tokenizer, conversations)
+    last_cells = [len(s.later) - 1 for s in conversations]
+    for row, column, gold in zip(
+        *(getattr(batch.gaze[NAME_TO_HALF[0]], n) for n in ("row", "column", "gold")), strict=True
+    ):
+        image_of = (batch.is_image[row].int().diff(prepend=torch.tensor([0])) == 1).cumsum(0) - 1
+        assert gold[0] or (image_of[gold] == image_of[column]).all()
+        assert image_of[column] <= last_cells[row]
+
+
+def test_what_a_question_says_in_other_words_is_looked_at(built):
+    from vrag_lib.scale_reading import ANSWER_TO_NAME, make_batch
+
+    tokenizer = built[1].tokenizer
+    drawn = draw_samples(random.Random(4), "train", 3, MiniDocsConfig(), {"language": 2})
+    said = [turn.said for sample in drawn for turn in sample.turns if turn.said]
+    gaze = make_batch(tokenizer, drawn).gaze[ANSWER_TO_NAME]
+    ids = make_batch(tokenizer, drawn).input_ids
+    seen = {tokenizer.decode(ids[row][gold]).strip().lower() for row, gold in zip(gaze.row, gaze.gold, strict=True)}
+    assert len(set(said)) > 5 and seen == {words.lower() for words in said}
 
 
 def test_regions_are_asked_for_where_they_are():
@@ -579,7 +624,7 @@ def test_the_whole_recipe_in_miniature(tmp_path, monkeypatch):
     monkeypatch.setattr(scale_training, "HELD_OUT_BATCHES", 1)
     steps = Schedule(steps=2, muon=1e-3, adamw=1e-3, warmup=1)
     recipe = scale_training.PolicyTraining(
-        0, steps, steps, steps, steps, cells_per_step=48, pages_per_step=1, cell_pages_per_step=1
+        0, steps, steps, steps, steps, steps, cells_per_step=48, pages_per_step=1, cell_pages_per_step=1
     )
     out, results = tmp_path / "policy", tmp_path / "results"
     rows = make_policy(out, results, tmp_path / "work", recipe, test_documents=1)

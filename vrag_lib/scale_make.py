@@ -149,7 +149,8 @@ Every answer is in `results/laptop/scale_model/policy/perception_probes.csv`.
 scraped text, no other model): {stages}. First the vision tower learns to tell, cell by cell, the characters of
 pages of random text and the characters and words of MiniDocs training pages, with the boxes of what those words name;
 then the language model learns to read through the fixed tower, some of its heads shown where to look; then everything
-is trained together; last, the language model learns to write words of a question again, as others can.
+is trained together; then the language model learns to write words of a question again, as others can, and last to do
+all of this in conversations about several texts and images.
 Curves are in `results/laptop/scale_model/policy/`, settings and versions in `training.json`.
 {note}
 ## Limits

@@ -1,8 +1,8 @@
 """Questions on images as training batches of the scale policy: tokens, labels, loss and hit counts.
 
-A sample is one conversation in the policy's own chat format: the image and the first question, its answer, the next
-question, and so on. Only answers and their closing token are learnt. The tower may be left out of the graph, which is
-how the language model first learns to read what a fixed tower sees.
+A sample is one conversation in the policy's own chat format: an image, if one is shown, and the first question, its
+answer, the next question, and so on. Only answers and their closing token are learnt. The tower may be left out of the
+graph, which is how the language model first learns to read what a fixed tower sees.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vrag_lib.geometry import Box
+from vrag_lib.geometry import PATCH, Box
 from vrag_lib.scale_cells import halves_of, overlap
 from vrag_lib.scale_loop import Counts
 from vrag_lib.scale_policy import BOX_STEP, MOST_COORDINATE, coordinate_tokens
@@ -45,7 +45,7 @@ COPY_TO_NEXT: Head = (3, 1)
 half, in their lower half, or as a card named by its place; at the first token of all where there are none.
 An answer while it is written: at that last token, a box with two heads, the second of which looks at the first token of
 all in other answers; and at the cells where the next of it is to be read. Where a question holds its answer: its tokens
-at those before them, and the answer at what comes next in the question."""
+at those before them, and the answer at what comes next in the question; where it says it in other words, at those."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Gaze(OnDevice):
 
 @dataclass(frozen=True)
 class Batch(OnDevice):
-    """Right-padded conversations of one image each.
+    """Right-padded conversations.
 
     input_ids, is_image (B, T); position_ids (3, B, T), Qwen's multimodal ones. The tokens to learn, answer by answer:
     `row` and `column` (N,) say where they stand, `answer` (N,) to which answer they belong; `kinds` says what kind of
@@ -85,27 +85,32 @@ class Batch(OnDevice):
 
 def prompt_ids(tokenizer: Any, cells: int, question: str) -> list[int]:
     """Tokens from the start to where the answer to a first question begins."""
-    return opening_ids(tokenizer, cells) + tokenizer.encode(question + ASK, add_special_tokens=False)
+    opening, asked = (tokenizer.encode(text, add_special_tokens=False) for text in (OPENING, question + ASK))
+    return opening + image_ids(tokenizer, cells) + asked
 
 
-def opening_ids(tokenizer: Any, cells: int) -> list[int]:
-    """Tokens up to an image's last."""
-    image = "<|vision_start|>" + "<|image_pad|>" * cells + "<|vision_end|>"
-    return tokenizer.encode(OPENING + image, add_special_tokens=False)
+def image_ids(tokenizer: Any, cells: int) -> list[int]:
+    """Tokens of an image."""
+    return tokenizer.encode("<|vision_start|>" + "<|image_pad|>" * cells + "<|vision_end|>", add_special_tokens=False)
 
 
-def position_ids(first_image: int, grid: Grid, length: int) -> np.ndarray:
-    """Qwen2.5-VL's three position ids (3, length) of a conversation with one image whose first token stands at
-    `first_image`: text counts on, cells carry row and column.
+def position_ids(images: Sequence[tuple[int, Grid]], length: int) -> np.ndarray:
+    """Qwen2.5-VL's three position ids (3, length) of a conversation with images of these grids, whose first cells stand
+    in these columns: text counts on, cells carry row and column.
 
-    >>> position_ids(1, (1, 2), 5).tolist()
+    >>> position_ids([(1, (1, 2))], 5).tolist()
     [[0, 1, 1, 3, 4], [0, 1, 1, 3, 4], [0, 1, 2, 3, 4]]
     """
-    rows, columns = grid
-    cells = np.arange(rows * columns)
-    image = np.stack([np.zeros_like(cells), cells // columns, cells % columns]) + first_image
-    after = np.arange(length - first_image - len(cells)) + first_image + max(rows, columns)
-    return np.concatenate([np.tile(np.arange(first_image), (3, 1)), image, np.tile(after, (3, 1))], 1)
+    parts: list[np.ndarray] = []
+    column = place = 0
+    for first, (rows, columns) in images:
+        parts.append(np.tile(np.arange(first - column), (3, 1)) + place)
+        place += first - column
+        cells = np.arange(rows * columns)
+        parts.append(np.stack([np.zeros_like(cells), cells // columns, cells % columns]) + place)
+        place += max(rows, columns)
+        column = first + len(cells)
+    return np.concatenate([*parts, np.tile(np.arange(length - column), (3, 1)) + place], 1)
 
 
 def part_of(place: Box, answer: str, start: int, end: int) -> Box:
@@ -163,13 +168,27 @@ def looks_of_copy(
     the question, counted in the question, and the one behind its last; the first of them stands in column `first`."""
     start = turn.question.rindex(turn.answer)
     looks: list[Look] = []
-    copied = [n for n, (begin, end) in enumerate(asked) if end > start and begin < start + len(turn.answer)]
+    copied = _touched(asked, start, start + len(turn.answer))
     looks += [(TO_BEFORE, row, first + n, [first + n - 1]) for n in copied]
     for column, begin, end in spans:
         at = [n for n in copied if asked[n][0] < start + end and asked[n][1] > start + begin]
         if at and end > begin:
             looks.append((COPY_TO_NEXT, row, column - 1, [first + n for n in at]))
     return looks
+
+
+def _touched(spans: Sequence[tuple[int, int]], start: int, end: int) -> list[int]:
+    """Which spans reach into the characters from `start` to `end`."""
+    return [n for n, (first, last) in enumerate(spans) if last > start and first < end]
+
+
+def looks_of_saying(
+    turn: Asked, row: int, first: int, asked: Sequence[tuple[int, int]], spans: Sequence[Span]
+) -> list[Look]:
+    """Where a head should look for what the question says in other words than the answer; parameters as before."""
+    start = turn.question.lower().rindex(turn.said.lower())
+    words = [first + n for n in _touched(asked, start, start + len(turn.said))]
+    return [(ANSWER_TO_NAME, row, column - 1, words) for column, _, _ in spans]
 
 
 def make_batch(tokenizer: Any, samples: Sequence[Sample]) -> Batch:
@@ -183,16 +202,22 @@ def make_batch(tokenizer: Any, samples: Sequence[Sample]) -> Batch:
     where: list[tuple[int, int, int]] = []
     kinds: list[str] = []
     looks: list[Look] = []
-    image = tokenizer.convert_tokens_to_ids("<|image_pad|>")
-    starts = []
+    placed: list[list[tuple[int, Grid]]] = []
+    shown: list[Any] = []
     for row, sample in enumerate(samples):
-        ids = opening_ids(tokenizer, sample.grid[0] * sample.grid[1])
-        starts.append(ids.index(image))
-        for word, boxes in sample.words:
-            ids += encode(" " + word)
-            looks += looks_of_name(boxes, False, row, starts[-1], sample.grid, len(ids) - 1)
-        for number, turn in enumerate(sample.turns):
+        ids = encode(OPENING)
+        placed.append([])
+        first_cell, grid = 0, (0, 0)
+        for number in range(max(1, len(sample.turns))):
             ids += encode(AGAIN) if number else []
+            if (picture := sample.images.get(number)) is not None:
+                first_cell, grid = len(ids) + 1, (picture.height // PATCH, picture.width // PATCH)
+                ids += image_ids(tokenizer, grid[0] * grid[1])
+                placed[-1].append((first_cell, grid))
+                shown.append(picture)
+            if not sample.turns:
+                break
+            turn = sample.turns[number]
             named_end = turn.question.rfind(turn.named) + len(turn.named)
             named_at = len(ids) + len(encode(turn.question[:named_end])) - 1
             asked = tokenizer(turn.question + ASK, add_special_tokens=False, return_offsets_mapping=True)
@@ -201,19 +226,24 @@ def make_batch(tokenizer: Any, samples: Sequence[Sample]) -> Batch:
             said = tokenizer(turn.answer + END, add_special_tokens=False, return_offsets_mapping=True)
             length = len(turn.answer)
             spans = [(len(ids) + i, start, min(end, length)) for i, (start, end) in enumerate(said["offset_mapping"])]
-            looks += looks_of(turn, row, starts[-1], sample.grid, named_at, spans)
+            looks += looks_of(turn, row, first_cell, grid, named_at, spans)
             if turn.copied:
                 looks += looks_of_copy(turn, row, first, asked["offset_mapping"], spans)
+            if turn.said:
+                looks += looks_of_saying(turn, row, first, asked["offset_mapping"], spans)
             where += [(row, column, len(kinds)) for column, _, _ in spans]
             kinds.append(turn.kind)
             ids += said["input_ids"]
+        for word, boxes in sample.words:
+            ids += encode(" " + word)
+            looks += looks_of_name(boxes, False, row, first_cell, grid, len(ids) - 1)
         rows.append(ids)
     longest = max(map(len, rows))
     input_ids = np.full((len(rows), longest), tokenizer.pad_token_id)
     for row, ids in enumerate(rows):
         input_ids[row, : len(ids)] = ids
-    positions = [position_ids(start, sample.grid, longest) for start, sample in zip(starts, samples, strict=True)]
-    images = arrange(np.concatenate([patchify(sample.image) for sample in samples]), [s.grid for s in samples])
+    positions = [position_ids(images, longest) for images in placed]
+    images = arrange(np.concatenate([patchify(p) for p in shown]), [grid for row in placed for _, grid in row])
     gaze = {}
     for head in sorted({look[0] for look in looks}):
         of_head = [look[1:] for look in looks if look[0] == head]
@@ -224,7 +254,7 @@ def make_batch(tokenizer: Any, samples: Sequence[Sample]) -> Batch:
         gaze[head] = Gaze(at[:, 0], at[:, 1], torch.from_numpy(gold))
     return Batch(
         torch.from_numpy(input_ids),
-        torch.from_numpy(input_ids == image),
+        torch.from_numpy(input_ids == tokenizer.convert_tokens_to_ids("<|image_pad|>")),
         torch.from_numpy(np.stack(positions, 1)),
         images,
         *torch.tensor(where).reshape(-1, 3).unbind(1),

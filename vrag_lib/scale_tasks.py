@@ -1,6 +1,7 @@
 """What the scale policy is asked while it learns to perceive: titles, text, places, values on MiniDocs pages and crops.
 
-Every sample is one shown image with a few questions. Crops are opened as the environment opens them, by a box in the
+A sample is one shown image with a few questions, or a conversation in which texts are asked about and images follow one
+another. Crops are opened as the environment opens them, by a box in the
 page's shown pixels through `View.crop`, with and without some slack around the region. No question mentions searching,
 cropping or the agent's format.
 """
@@ -43,7 +44,7 @@ class Asked:
     `places` are where the answer is read, for a box the label of its region; `printed` says that there it is printed in
     one line. `named` ends the part of the question that names something on the image,
     `named_places` are where that stands, and `card` says that it is named by its place among others. `copied` says that
-    the question itself holds the answer.
+    the question itself holds the answer, `said` are the words with which it says the answer in other ones.
     """
 
     kind: str
@@ -55,21 +56,31 @@ class Asked:
     named_places: tuple[Box, ...] = ()
     card: bool = False
     copied: bool = False
+    said: str = ""
 
 
 @dataclass(frozen=True)
 class Sample:
     """One shown image and what is asked about it, or `words` that stand on it, each with its places; all places in
-    shown pixels."""
+    shown pixels of the newest image.
 
-    image: Image.Image
+    `later`: images that are shown with a later question, by its number; without a first `image` texts are asked about.
+    """
+
+    image: Image.Image | None
     turns: tuple[Asked, ...]
     words: tuple[tuple[str, tuple[Box, ...]], ...] = ()
+    later: tuple[tuple[int, Image.Image], ...] = ()
 
     @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of 28x28 cells."""
-        return self.image.height // 28, self.image.width // 28
+    def images(self) -> dict[int, Image.Image]:
+        """The images by the number of the question that each is shown with."""
+        return dict(self.later) if self.image is None else {0: self.image} | dict(self.later)
+
+    @property
+    def size(self) -> int:
+        """About how many tokens it is."""
+        return sum(image.height * image.width // PATCH**2 for image in self.images.values()) + 30 * len(self.turns)
 
 
 class PageQuestions(QuestionWriter):
@@ -335,25 +346,50 @@ class PageSamples:
         return self._sample(view, turns) if turns else self.crop()
 
     def language(self) -> Sample:
-        """What is asked about a text instead of the image, a small cut-out: to write it, or a part of it, again, as
+        """What is asked about texts instead of the image, a small cut-out: to write them, or a part of them, again, as
         every language model can."""
-        rng = self.rng
-        view, fact = self.close_view()
-        turns = [self._repeated(), self._repeated()]
-        if fact.column in _FIGURES:
-            question = self.writer.ask(self.document.name, fact)[1]
-            turns.append(Asked("copy", WHO + question, self.document.name, copied=True))
-            turns.append(Asked("copy", WHICH + question, fact.item, copied=True))
-            turns.append(Asked("measure", WHAT + question, fact.subject))
-        return self._sample(view, rng.sample(turns, min(len(turns), 3)))
+        return self._sample(self.close_view()[0], [self.text_question() for _ in range(6)])
 
-    def _repeated(self) -> Asked:
-        """The names of a document, of some items and of their measures, in any order, to be written again."""
-        facts = self.rng.sample(self.page.facts, min(2, len(self.page.facts)))
-        parts = [self.document.name, *(f.item for f in facts), *dict.fromkeys(f.subject for f in facts)]
-        self.rng.shuffle(parts)
-        text = " ".join(part for part in parts if part)
+    def text_question(self) -> Asked:
+        """To write a text again, or whom, which item or which measure a question of the benchmark asks for."""
+        rng = self.rng
+        measure = rng.choice(MEASURES)
+        item, name = rng.choice(measure.dimension.items), self.document.name
+        nowhere = Box(0, 0, 1, 1)
+        fact = Fact("table", measure.name, item, rng.choice(tuple(_FIGURES)), "", nowhere, nowhere)
+        wording, question = self.writer.ask(name, fact)
+        kind = rng.choice((REPEAT, WHO, WHICH, WHAT, WHAT))
+        if kind == WHAT:
+            said = measure.name.lower() if wording == "formal" else measure.everyday
+            return Asked("measure", WHAT + question, measure.name, said=said)
+        if kind in (WHO, WHICH):
+            return Asked("copy", kind + question, name if kind == WHO else item, copied=True)
+        parts = [name, item, measure.name, rng.choice(rng.choice(MEASURES).dimension.items)]
+        rng.shuffle(parts)
+        text = " ".join(parts[: rng.randint(2, len(parts))])
         return Asked("copy", REPEAT + text, text, copied=True)
+
+    def conversation(self) -> Sample:
+        """Questions about texts; then, more often than not, where something stands on a page of the document, and what
+        a crop of it says; then the same on this page."""
+        rng = self.rng
+        turns = [self.text_question() for _ in range(rng.randint(3, 8))]
+        later: list[tuple[int, Image.Image]] = []
+        makers = [self]
+        if rng.random() < 0.6:
+            number = rng.randint(1, len(self.document.plan))
+            makers.insert(0, PageSamples(self.document, self.document.page(number), rng))
+        for maker in makers:
+            question, fact = maker.any_question()
+            view = page_view(maker.page)
+            if rng.random() < 0.9:
+                later.append((len(turns), render(maker.image, view)))
+                turns.append(maker.place_question(view, fact if rng.random() < 0.7 else None))
+            if rng.random() < 0.8:
+                crop = region_view(maker.page, fact.region_box, rng, fact.answer_box)
+                later.append((len(turns), render(maker.image, crop)))
+                turns.append(maker.value_question("later", crop, fact, question))
+        return Sample(None, tuple(turns), (), tuple(later)) if later else self.language()
 
     def _sample(self, view: View, turns: list[Asked]) -> Sample:
         """The questions in random order."""
@@ -361,9 +397,9 @@ class PageSamples:
         return Sample(render(self.image, view), tuple(turns))
 
 
-MIX = {"whole": 1, "crop": 2, "several": 1, "close": 0, "language": 0.5}
+MIX = {"whole": 1, "crop": 2, "several": 1, "close": 0, "language": 0.5, "conversation": 1}
 """Samples per page that draw the curves: the page, crops of facts, of several facts, cut-outs around a figure, words of
-questions."""
+questions, conversations about several images."""
 
 
 def draw_samples(

@@ -1,6 +1,6 @@
 """Train the scale policy from nothing (`vrag scale-model`): it learns to perceive, and nothing of the agent's task.
 
-Not part of the paper, whose models come trained. Four stages, each resumable, each a function of seed and settings:
+Not part of the paper, whose models come trained. Five stages, each resumable, each a function of seed and settings:
 
 1. dense: the vision tower learns to tell, cell by cell, characters on pages of random text and, on MiniDocs training
    pages and parts of them, characters, words and the boxes of what words name (`scale_cells`);
@@ -9,7 +9,8 @@ Not part of the paper, whose models come trained. Four stages, each resumable, e
    shown where to look (`gaze_losses`);
 3. joint: everything together at a falling rate, naming characters, words and boxes going on beside it;
 4. copying: the language model learns what every other one can, to write words of a question again, while it goes on
-   reading through the fixed tower.
+   reading through the fixed tower;
+5. conversing: the same in conversations, where texts are asked about before images, and images follow one another.
 
 Trained on documents of the training split only, which are drawn on the spot and never repeat; the validation split
 draws the curves; the test split is used by `scale_evaluate` alone.
@@ -44,8 +45,10 @@ if TYPE_CHECKING:
 READING_MIX = {"whole": 1.0, "several": 0.7, "crop": 2.5, "close": 2.0}
 JOINT_MIX = {"whole": 1.0, "several": 0.7, "crop": 2.5, "close": 0.5}
 COPYING_MIX = {"whole": 0.7, "several": 0.5, "crop": 1.5, "close": 0.5, "language": 3.0}
-MIXES = {"reading": READING_MIX, "joint": JOINT_MIX, "copying": COPYING_MIX}
-"""Samples per page while the language model learns to read, while all is trained, and while it learns to copy."""
+CONVERSING_MIX = {"whole": 0.3, "several": 0.2, "crop": 0.5, "close": 0.2, "language": 1.0, "conversation": 2.0}
+MIXES = {"reading": READING_MIX, "joint": JOINT_MIX, "copying": COPYING_MIX, "conversing": CONVERSING_MIX}
+"""Samples per page while the language model learns to read, while all is trained, and while it learns to copy and to
+converse."""
 
 NAMING_PAGES = 4
 """Pages whose words are looked for in each step of reading."""
@@ -212,9 +215,9 @@ def dense_stage(trained: Trained, recipe: PolicyTraining, folder: Path, curve: P
 def reading_stage(
     name: str, trained: Trained, recipe: PolicyTraining, folder: Path, curve: Path, device: str, workers: int
 ) -> None:
-    """Stages 2 to 4, `reading`, `joint` and `copying`: titles, text, places and values on MiniDocs training pages, and
-    in the last of them words of the questions. In `joint` everything is trained, and the dense stage's losses go on
-    beside; in the others the tower stays as it is."""
+    """Stages 2 to 5, `reading`, `joint`, `copying`, `conversing`: titles, text, places and values on MiniDocs training
+    pages, and in the last two words of the questions. In `joint` everything is trained, and the dense stage's losses go
+    on beside; in the others the tower stays as it is."""
     import torch
 
     config, model, tokenizer = MiniDocsConfig(), trained.model, trained.tokenizer
@@ -232,7 +235,7 @@ def reading_stage(
     def batch_of_step(number: int) -> tuple[list[Batch], Batch, DenseBatch | None]:
         rng = random.Random(f"{seed}/{name}/{number}")
         samples = draw_samples(rng, "train", recipe.pages_per_step, config, MIXES[name])
-        samples.sort(key=lambda s: s.grid[0] * s.grid[1] + 20 * len(s.turns))  # similar lengths together: less padding
+        samples.sort(key=lambda sample: sample.size)  # similar lengths together: less padding
         cuts = [len(samples) * i // recipe.parts_per_step for i in range(recipe.parts_per_step + 1)]
         parts = [make_batch(tokenizer, samples[start:end]) for start, end in pairwise(cuts) if start < end]
         words = make_batch(tokenizer, draw_samples(rng, "train", NAMING_PAGES, config, {"naming": 1}))
@@ -268,9 +271,9 @@ def reading_stage(
         train(name, modules, batch_of_step, loss_of_batch, schedule, folder, curve, evaluate, 200, workers)
 
 
-STAGES = ("dense", "reading", "joint", "copying")
+STAGES = ("dense", "reading", "joint", "copying", "conversing")
 
-SECONDS_PER_STEP = {"dense": 0.33, "reading": 0.65, "joint": 1.4, "copying": 0.65}
+SECONDS_PER_STEP = {"dense": 0.33, "reading": 0.65, "joint": 1.4, "copying": 0.65, "conversing": 1.0}
 """Seconds of one step of every stage of the small recipe on one core of a 2024 server with bfloat16 instructions, the
 other core as busy. (An EPYC of 2017 takes some three times as long.)"""
 
@@ -279,6 +282,7 @@ DENSE = Schedule(steps=5600, muon=4e-3, adamw=3e-3)
 READING = Schedule(steps=3900, muon=0, adamw=1.5e-3, decay=0.3)
 JOINT = Schedule(steps=800, muon=5e-4, adamw=1e-3, decay=0.9)
 COPYING = Schedule(steps=1000, muon=0, adamw=7e-4, decay=0.6)
+CONVERSING = Schedule(steps=600, muon=0, adamw=7e-4, decay=0.6)
 
 
 @dataclass(frozen=True)
@@ -293,6 +297,7 @@ class PolicyTraining:
     reading: Schedule = READING
     joint: Schedule = JOINT
     copying: Schedule = COPYING
+    conversing: Schedule = CONVERSING
     cells_per_step: int = 200
     cell_pages_per_step: int = 2
     pages_per_step: int = 2
@@ -324,6 +329,7 @@ class PolicyTraining:
             reading=replace(small.reading, steps=1500),
             joint=replace(small.joint, steps=3000, muon=1e-3),
             copying=replace(small.copying, steps=500),
+            conversing=replace(small.conversing, steps=500),
             cells_per_step=1920,
             pages_per_step=12,
             cell_pages_per_step=12,
@@ -334,7 +340,7 @@ class PolicyTraining:
         """The context in which the language model's losses are computed."""
         import torch
 
-        able = device != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        able = device != "cpu" or torch.cpu._is_avx512_bf16_supported()  # emulated, they are slower than float32's
         return torch.autocast(device, torch.bfloat16, enabled=self.bfloat16 and able)
 
 

@@ -12,18 +12,21 @@ import html
 import logging
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from vrag_lib.config import SFTConfig
 from vrag_lib.corpus import Corpus
 from vrag_lib.policy_transformers import TransformersPolicy
+from vrag_lib.scale_optim import keep_freed_memory
 from vrag_lib.torch_setup import ensure_torchvision
 from vrag_lib.training import RunFolder, freeze_vision, last_checkpoint, lora_config, process_count
-from vrag_lib.training_batch import Example, UntrainableError, example_of
+from vrag_lib.training_batch import Example, UntrainableError, batched, example_of
 from vrag_lib.trajectory import Trajectory
 
 if TYPE_CHECKING:
@@ -98,6 +101,31 @@ def collate(policy: TransformersPolicy, examples: Sequence[Example]) -> dict[str
     return inputs | {"labels": labels}
 
 
+class ShuffledBatches:
+    """Indices of the examples, shuffled anew each epoch; those of one optimizer step from short to long, so that
+    micro-batches hold little padding and the step learns from what it would have learnt from anyway.
+
+    >>> order = list(ShuffledBatches([5, 1, 4, 2], batch_size=2, seed=0))
+    >>> sorted(order), order
+    ([0, 1, 2, 3], [2, 0, 1, 3])
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int):
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the trainer before an epoch, also before one that it resumes in."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.lengths)).tolist()
+        for batch in batched(order, self.batch_size):
+            yield from sorted(batch, key=lambda i: self.lengths[i])
+
+
 def loss_mask_html(policy: TransformersPolicy, example: Example) -> str:
     """The tokens of an example as HTML, those that are trained on coloured, runs of image tokens counted. Every text is
     escaped: a document or a model wrote it."""
@@ -146,6 +174,7 @@ def train_sft(
         )
     if config.freeze_vision:
         freeze_vision(policy.model)
+    keep_freed_memory()
     trainer = _trainer(policy, data.examples, held_out.examples, config, Path(folder), seed)
     resume = last_checkpoint(folder)
     trainer.start_run(folder, resume, "fine-tuning")
@@ -167,7 +196,10 @@ def _trainer(
     from datasets import Dataset
 
     class Trainer(RunFolder, trl.SFTTrainer):
-        """TRL's trainer with this package's checkpoints and curves."""
+        """TRL's trainer with this package's checkpoints, curves and order of examples."""
+
+        def _get_train_sampler(self, dataset: Any = None) -> ShuffledBatches:
+            return ShuffledBatches([len(example.trained) for example in examples], config.batch_size, seed)
 
     per_pass = config.micro_batch_size * process_count()
     if config.batch_size % per_pass:

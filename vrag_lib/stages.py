@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,11 +45,15 @@ SMOKE_DOCUMENTS = 4
 
 @dataclass(frozen=True)
 class Collection:
-    """The documents of one split: pages, an index of them, and questions."""
+    """The documents of one split: pages, an index of them, made when first asked for, and questions."""
 
     questions: tuple[Question, ...]
     corpus: Corpus
-    retriever: Retriever
+    index: Callable[[], Retriever]
+
+    @functools.cached_property
+    def retriever(self) -> Retriever:
+        return self.index()
 
 
 def collection(config: Config, split: str) -> Collection:
@@ -61,7 +65,7 @@ def collection(config: Config, split: str) -> Collection:
         counts = {f"{name}_documents": SMOKE_DOCUMENTS for name in ("train", "validation", "test")}
     docs = MiniDocs(dataclasses.replace(config.minidocs, **counts))
     corpus = docs.corpus(split)
-    return Collection(docs.questions(split), corpus, make_retriever(corpus, config))
+    return Collection(docs.questions(split), corpus, functools.partial(make_retriever, corpus, config))
 
 
 def training_questions(config: Config, questions: Sequence[Question]) -> tuple[list[Question], list[Question]]:
