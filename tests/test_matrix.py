@@ -54,7 +54,7 @@ def differing(a: str, b: str) -> set[str]:
 
     def described(name: str) -> dict:
         cell = CELLS[name]
-        own = {field: getattr(cell, field) for field in ("chain", "data", "trajectories", "start")}
+        own = {field: getattr(cell, field) for field in ("chain", "data", "trajectories", "formatted")}
         return own | flat(to_dict(cell_config(cell, CONFIG)))
 
     one, other = described(a), described(b)

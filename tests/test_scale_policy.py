@@ -145,7 +145,7 @@ def test_a_conversation_asks_about_its_newest_image(built, conversations):
     assert any(len(sample.later) > 2 for sample in conversations)
     for sample in conversations:
         first = min(sample.images)
-        assert {turn.kind for turn in sample.turns[:first]} <= {"copy", "measure"} and first >= 3
+        assert {turn.kind for turn in sample.turns[:first]} <= {"copy", "measure", "about"} and first >= 2
         shown = None
         for number, turn in enumerate(sample.turns):
             shown = sample.images.get(number, shown)
@@ -166,7 +166,8 @@ def test_what_a_question_says_in_other_words_is_looked_at(built):
 
     tokenizer = built[1].tokenizer
     drawn = draw_samples(random.Random(4), "train", 3, MiniDocsConfig(), {"language": 2})
-    said = [turn.said for sample in drawn for turn in sample.turns if turn.said]
+    echoes = [echo for sample in drawn for turn in sample.turns for echo in turn.echoes]
+    said = [words for written, words in echoes if written != words]
     gaze = make_batch(tokenizer, drawn).gaze[ANSWER_TO_NAME]
     ids = make_batch(tokenizer, drawn).input_ids
     seen = {tokenizer.decode(ids[row][gold]).strip().lower() for row, gold in zip(gaze.row, gaze.gold, strict=True)}
@@ -418,11 +419,12 @@ def test_a_copied_answer_is_looked_up_in_its_question(built):
     tokenizer = built[1].tokenizer
     drawn = draw_samples(random.Random(4), "train", 6, MiniDocsConfig(), {"language": 2})
     turns = [turn for sample in drawn for turn in sample.turns]
-    assert {turn.kind for turn in turns} == {"copy", "measure"}
-    assert all(turn.answer in turn.question for turn in turns if turn.copied)
+    assert {turn.kind for turn in turns} == {"copy", "measure", "about"}
+    assert all(words in turn.question.lower() or words in turn.question for turn in turns for _, words in turn.echoes)
     batch = make_batch(tokenizer, drawn)
     gaze, before = batch.gaze[COPY_TO_NEXT], batch.gaze[TO_BEFORE]
-    assert len(gaze.row) >= sum(turn.copied for turn in turns) and not gaze.gold[:, 0].any()
+    copied = [written for turn in turns for written, words in turn.echoes if written == words]
+    assert len(gaze.row) >= len(copied) and not gaze.gold[:, 0].any()
     for row, column, gold in zip(gaze.row, gaze.column, gaze.gold, strict=True):
         written = tokenizer.decode(batch.input_ids[row, column + 1 : column + 2]).strip()
         seen = tokenizer.decode(batch.input_ids[row][gold])

@@ -282,11 +282,12 @@ EXPERIMENTS: dict[str, Config] = PRESETS | {
             kind="transformers", max_reply_tokens=96, max_context_tokens=2048, batch_size=32, device="cpu"
         ),
         sft=SFTConfig(
-            batch_size=16, micro_batch_size=4, learning_rate=5e-4, max_tokens=2048, save_steps=100, warmup_ratio=0.05
+            epochs=2, batch_size=4, micro_batch_size=4, learning_rate=5e-4, max_tokens=2048, save_steps=240,
+            warmup_ratio=0.05,
         ),
         grpo=GRPOConfig(
-            max_reply_tokens=96, max_context_tokens=2048, rollout_batch_size=32, lora_rank=16, lora_alpha=32,
-            learning_rate=1e-3,
+            questions_per_step=12, micro_batch_size=4, max_reply_tokens=96, max_context_tokens=2048,
+            rollout_batch_size=60, lora_rank=16, lora_alpha=32, learning_rate=1e-3,
         ),
     )
 }  # fmt: skip

@@ -25,6 +25,7 @@ from vrag_lib.config import EnvironmentConfig, GRPOConfig
 from vrag_lib.corpus import Corpus, Question
 from vrag_lib.policy import Policy
 from vrag_lib.retrieval import Retriever
+from vrag_lib.torch_setup import keep_freed_memory
 from vrag_lib.training import last_checkpoint, process_count
 from vrag_lib.trajectory import StopReason, Trajectory
 
@@ -186,6 +187,7 @@ def train_grpo(
         preset=preset,
         run_id=run_id,
     )
+    keep_freed_memory()
     resume = last_checkpoint(folder)
     trainer.start_run(folder, resume, "reinforcement learning")
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))

@@ -155,7 +155,7 @@ def _settings(bench: Workbench, cell: Cell, config: Config, seed: int) -> dict:
     """What the rows of a cell depend on."""
     described = asdict(cell) | {"agent": cell.find_agent().name}
     described.pop("about")
-    formatted = cell.start == "format" and bench.format_trajectories > 0
+    formatted = cell.starts_formatted and bench.format_trajectories > 0
     stages = ["policy", "environment", "retrieval"]
     stages += ["sft", "synthesis"] if formatted or cell.trained else []
     stages += ["grpo"] if "grpo" in cell.chain else []

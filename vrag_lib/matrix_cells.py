@@ -9,9 +9,10 @@ a test. The paper compares Search-R1-VL, which had no SFT and no crop, with VRAG
 `sft_rl_search` (SFT and no crop) and the cell `cold_start` (crop and no SFT) take the two apart.
 
 Deviations. The paper's untrained rows are an instruct model that follows a prompt; the scale policy was never taught
-to, so all cells but `raw` start from it after `format`: SFT on a few right trajectories of each kind of agent
-(`matrix_training.FORMAT_FORMS`). The paper trains without SFT by other settings (reward `paper_cold_start`, no KL);
-here `search_r1` and `cold_start` keep those of the rest, for the comparison's sake, and `cold_start_paper` has them.
+to, so cells without SFT start from it after `format`: SFT on a few right trajectories of each kind of agent
+(`matrix_training.FORMAT_FORMS`). Cells with SFT start from it as it comes; `raw` measures that. The paper trains
+without SFT by other settings (reward `paper_cold_start`, no KL); here `search_r1` and `cold_start` keep those of the
+rest, for the comparison's sake, and `cold_start_paper` has them.
 Cells without crop are fine-tuned on trajectories of experts without crop, on the same questions;
 `no_crop_same_sft` begins with VRAG-RL's own SFT instead.
 """
@@ -25,7 +26,7 @@ from vrag_lib.agents import AGENTS, Agent, agent_environment, find_agent
 from vrag_lib.config import Config, ConfigError, override
 
 CHAINS = ("none", "sft", "grpo", "sft+grpo")
-"""What a cell's policy went through after `format`."""
+"""What a cell's policy went through, after `format` where there is no SFT."""
 
 CONTEXT_PAGES = (1, 2, 3, 4, 5, 6, 10)
 """Pages in context: those of the paper's Figure 3, and 10 as ViDoRAG retrieves."""
@@ -39,7 +40,7 @@ class Cell:
     overrides: `key=value` settings of RL and evaluation that differ from the preset's.
     data: trajectories of SFT, by experts that may `crop` or only `search`. trajectories: the first so many; None: all.
     group_size: trajectories per question in RL, from fewer or more questions, so that the budget stays.
-    start: `format`, or `raw` for the policy as it comes.
+    formatted: whether a cell without SFT starts after `format`, or from the policy as it comes.
     """
 
     name: str
@@ -50,7 +51,12 @@ class Cell:
     data: str = "crop"
     trajectories: int | None = None
     group_size: int | None = None
-    start: str = "format"
+    formatted: bool = True
+
+    @property
+    def starts_formatted(self) -> bool:
+        """Whether its chain begins after the stage `format`."""
+        return self.formatted and not self.chain.startswith("sft")
 
     @property
     def trained(self) -> bool:
@@ -80,7 +86,7 @@ def _variant(name: str, about: str, *overrides: str, chain: str = "sft+grpo", **
 
 
 _UNTRAINED = (
-    Cell("raw", "the policy as it comes, taught no action", start="raw"),
+    Cell("raw", "the policy as it comes, taught no action", formatted=False),
     Cell("no_retrieval", "no page at all (lower bound)", "no_retrieval"),
     *(Cell(f"vanilla_rag_{k}", f"{k} page{'s' * (k > 1)} found with the question", _pages(k)) for k in CONTEXT_PAGES),
     Cell("vanilla_rag_5_text", "as before, 5 pages as text", "vanilla_rag_5_text"),

@@ -1,13 +1,14 @@
 """What the cells of the matrix are made from: documents, trajectories and checkpoints, each made once and shared.
 
     bench = Workbench(load_config("laptop", experiment=True), format_trajectories=400)
-    bench.checkpoint(CELLS["vrag_rl"], seed=0)     # trains what is missing: format, then SFT, then RL
+    bench.checkpoint(CELLS["vrag_rl"], seed=0)     # trains what is missing: SFT, then RL
 
 Everything lies below `results/<preset>/matrix/`: `data/` trajectories, `checkpoints/` models. A folder says in
 `settings.json` what it depends on, and nothing made with other settings is used in its place. Trainings go on from
 their last checkpoint after a kill. Data are drawn with `config.seed`, trainings with the seed of the cell.
 
-Deviations from the paper: see `matrix_cells`. The stage `format` stands in for what an instruct model brings along.
+Deviations from the paper: see `matrix_cells`. The stage `format`, where there is no SFT, stands in for what an
+instruct model brings along.
 """
 
 from __future__ import annotations
@@ -53,9 +54,10 @@ FORMAT_TRAJECTORIES = {"laptop": 400}
 SEARCH_SAMPLES = 8
 """Samples per question of experts that cannot crop: what is too small to read they guess, so fewer are right."""
 
-_INDIFFERENT = ("batch_size", "rollout_batch_size", "device", "api_key_env", "concurrency", "workers", "results",
-                "save_steps", "keep_checkpoints", "gradient_checkpointing")  # fmt: skip
-"""Settings that change where and how fast something is computed, not what; a run may go on with others."""
+_INDIFFERENT = ("rollout_batch_size", "device", "api_key_env", "concurrency", "workers", "results", "save_steps",
+                "keep_checkpoints", "gradient_checkpointing", "micro_batch_size")  # fmt: skip
+"""Settings that change where and how fast something is computed, not what; a run may go on with others. So is the
+policy's `batch_size`, but not that of SFT."""
 
 
 class MatrixError(RuntimeError):
@@ -106,7 +108,7 @@ class Workbench:
 
     def checkpoint(self, cell: Cell, seed: int) -> str:
         """The model of a cell, trained with that seed, ready to be loaded: a folder, or a hub id for `raw`."""
-        model = self.raw() if cell.start == "raw" else self._start()
+        model = self._start() if cell.starts_formatted else self.raw()
         if cell.chain in ("sft", "sft+grpo"):
             model = self._fine_tuned(model, cell, seed)
         if cell.chain in ("grpo", "sft+grpo"):
@@ -270,6 +272,7 @@ def depends_on(config: Config, *stages: str) -> dict[str, Any]:
     weights (`model_fingerprint`), not by where they lie."""
     whole = to_dict(config)
     del whole["policy"]["model"]
+    del whole["policy"]["batch_size"]
     kept = {name: whole[name] for name in ("minidocs", *stages)} | {"data_seed": config.seed, "smoke": config.smoke}
     return {
         stage: {k: v for k, v in values.items() if k not in _INDIFFERENT} if isinstance(values, dict) else values

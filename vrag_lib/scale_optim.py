@@ -7,7 +7,6 @@ and processes that train together share the work.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -82,14 +81,3 @@ def _together(matrices: list[torch.Tensor]) -> list[torch.Tensor]:
     if world > 1:
         dist.all_reduce(flat)
     return found
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc to keep freed blocks instead of giving them back to the system: activations of every step then need
-    no fresh pages, which halves the time of a step on a CPU. Does nothing elsewhere."""
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-    except OSError:
-        return
-    for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-        libc.mallopt(option, 2**31 - 1)

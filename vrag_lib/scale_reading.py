@@ -161,34 +161,42 @@ def looks_of(turn: Asked, row: int, first_cell: int, grid: Grid, named_at: int, 
     return found
 
 
-def looks_of_copy(
-    turn: Asked, row: int, first: int, asked: Sequence[tuple[int, int]], spans: Sequence[Span]
-) -> list[Look]:
-    """Where heads should look to copy the answer from the question. `asked` are the first character of every token of
-    the question, counted in the question, and the one behind its last; the first of them stands in column `first`."""
-    start = turn.question.rindex(turn.answer)
-    looks: list[Look] = []
-    copied = _touched(asked, start, start + len(turn.answer))
-    looks += [(TO_BEFORE, row, first + n, [first + n - 1]) for n in copied]
-    for column, begin, end in spans:
-        at = [n for n in copied if asked[n][0] < start + end and asked[n][1] > start + begin]
+@dataclass(frozen=True)
+class Told:
+    """A text of a conversation: its characters, those of each token (start, end), and the column of its first token."""
+
+    text: str
+    tokens: Sequence[tuple[int, int]]
+    first: int
+
+    def columns(self, words: str) -> tuple[int, list[int]]:
+        """The first character of the last mention of `words`, and the columns of its tokens; -1 and none without."""
+        start = self.text.lower().rfind(words.lower())
+        touched = [n for n, (a, b) in enumerate(self.tokens) if b > start and a < start + len(words)]
+        return start, [self.first + n for n in touched] if start >= 0 else []
+
+
+def looks_of_echo(written: str, words: str, row: int, reply: Told, before: Sequence[Told]) -> list[Look]:
+    """Where heads should look to write a part of a reply that a text before it says in `words`: to copy it token by
+    token, or, where it is `written` otherwise, all of it at once. The newest text that says it is looked at."""
+    start, columns = reply.columns(written)
+    told = next((text for text in reversed(before) if text.columns(words)[1]), None)
+    if told is None:
+        return []
+    said, places = told.columns(words)
+    if written != words:
+        return [(ANSWER_TO_NAME, row, column - 1, places) for column in columns]
+    looks: list[Look] = [(TO_BEFORE, row, place, [place - 1]) for place in places]
+    for column in columns:
+        begin, end = (min(max(0, c - start), len(written)) for c in reply.tokens[column - reply.first])
+        at = [
+            p
+            for p in places
+            if told.tokens[p - told.first][0] < said + end and told.tokens[p - told.first][1] > said + begin
+        ]
         if at and end > begin:
-            looks.append((COPY_TO_NEXT, row, column - 1, [first + n for n in at]))
+            looks.append((COPY_TO_NEXT, row, column - 1, at))
     return looks
-
-
-def _touched(spans: Sequence[tuple[int, int]], start: int, end: int) -> list[int]:
-    """Which spans reach into the characters from `start` to `end`."""
-    return [n for n, (first, last) in enumerate(spans) if last > start and first < end]
-
-
-def looks_of_saying(
-    turn: Asked, row: int, first: int, asked: Sequence[tuple[int, int]], spans: Sequence[Span]
-) -> list[Look]:
-    """Where a head should look for what the question says in other words than the answer; parameters as before."""
-    start = turn.question.lower().rindex(turn.said.lower())
-    words = [first + n for n in _touched(asked, start, start + len(turn.said))]
-    return [(ANSWER_TO_NAME, row, column - 1, words) for column, _, _ in spans]
 
 
 def make_batch(tokenizer: Any, samples: Sequence[Sample]) -> Batch:
@@ -208,6 +216,7 @@ def make_batch(tokenizer: Any, samples: Sequence[Sample]) -> Batch:
         ids = encode(OPENING)
         placed.append([])
         first_cell, grid = 0, (0, 0)
+        told: list[Told] = []
         for number in range(max(1, len(sample.turns))):
             ids += encode(AGAIN) if number else []
             if (picture := sample.images.get(number)) is not None:
@@ -218,19 +227,21 @@ def make_batch(tokenizer: Any, samples: Sequence[Sample]) -> Batch:
             if not sample.turns:
                 break
             turn = sample.turns[number]
-            named_end = turn.question.rfind(turn.named) + len(turn.named)
-            named_at = len(ids) + len(encode(turn.question[:named_end])) - 1
             asked = tokenizer(turn.question + ASK, add_special_tokens=False, return_offsets_mapping=True)
-            first = len(ids)
+            told.append(Told(turn.question, asked["offset_mapping"], len(ids)))
             ids += asked["input_ids"]
-            said = tokenizer(turn.answer + END, add_special_tokens=False, return_offsets_mapping=True)
-            length = len(turn.answer)
-            spans = [(len(ids) + i, start, min(end, length)) for i, (start, end) in enumerate(said["offset_mapping"])]
-            looks += looks_of(turn, row, first_cell, grid, named_at, spans)
-            if turn.copied:
-                looks += looks_of_copy(turn, row, first, asked["offset_mapping"], spans)
-            if turn.said:
-                looks += looks_of_saying(turn, row, first, asked["offset_mapping"], spans)
+            reply = turn.saying + turn.answer
+            said = tokenizer(reply + END, add_special_tokens=False, return_offsets_mapping=True)
+            replied = Told(reply, said["offset_mapping"], len(ids))
+            spans = [
+                (len(ids) + i, max(0, start - len(turn.saying)), min(end, len(reply)) - len(turn.saying))
+                for i, (start, end) in enumerate(said["offset_mapping"])
+            ]
+            named_at = (replied if turn.saying else told[-1]).columns(turn.named)[1] or [len(ids) - 1]
+            answer = [span for span in spans if span[2] > 0 or not turn.saying]
+            looks += looks_of(turn, row, first_cell, grid, named_at[-1], answer)
+            for written, words in turn.echoes:
+                looks += looks_of_echo(written, words, row, replied, told)
             where += [(row, column, len(kinds)) for column, _, _ in spans]
             kinds.append(turn.kind)
             ids += said["input_ids"]

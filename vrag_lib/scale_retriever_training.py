@@ -26,7 +26,6 @@ from tqdm import tqdm
 from vrag_lib.minidocs_documents import MiniDocsConfig
 from vrag_lib.scale_characters import CHARACTERS
 from vrag_lib.scale_loop import Schedule, train
-from vrag_lib.scale_optim import keep_freed_memory
 from vrag_lib.scale_retriever import (
     build_processor,
     build_retriever,
@@ -38,6 +37,7 @@ from vrag_lib.scale_retriever import (
     save_retriever,
 )
 from vrag_lib.scale_retriever_pages import BINS, LabelledPage, PagePool, Vocabulary, word_page
+from vrag_lib.torch_setup import keep_freed_memory
 
 WINDOWS = ((4, 12), (6, 8), (8, 6))
 """Shapes of the windows of a reading step in cells (rows, columns), one after the other."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from PIL import Image
 
@@ -31,6 +31,10 @@ TEXT = "Read the text."
 WHERE = "Where is: "
 REPEAT = "Repeat: "
 WHO, WHICH, WHAT = "Whose page is asked for: ", "Which item is asked for: ", "Which measure is asked for: "
+ABOUT = "What is asked for: "
+IT_WHERE, IT_WHAT = ("Where is it?", "Where does the page say it?"), ("What is it?", "Read it.")
+SAY_WHERE = ("The row of {} is here: ", "{} is here: ", "The figure for {} is in this box: ", "See {} here: ")
+SAY_WHAT = ("The figure for {} is ", "It is {}: ", "The row of {} shows ", "For {} the page shows ")
 
 _MEASURES = {measure.name: measure for measure in MEASURES}
 _CAPTIONS = {board.title: board.caption for board in (*BOARDS, *FLOWS)}
@@ -43,8 +47,9 @@ class Asked:
 
     `places` are where the answer is read, for a box the label of its region; `printed` says that there it is printed in
     one line. `named` ends the part of the question that names something on the image,
-    `named_places` are where that stands, and `card` says that it is named by its place among others. `copied` says that
-    the question itself holds the answer, `said` are the words with which it says the answer in other ones.
+    `named_places` are where that stands, and `card` says that it is named by its place among others. `echoes` are parts
+    of the reply and the words of this question, or of an earlier one, that say them. `saying` is written before the
+    answer; then it is there that something is named.
     """
 
     kind: str
@@ -55,8 +60,8 @@ class Asked:
     named: str = ""
     named_places: tuple[Box, ...] = ()
     card: bool = False
-    copied: bool = False
-    said: str = ""
+    echoes: tuple[tuple[str, str], ...] = ()
+    saying: str = ""
 
 
 @dataclass(frozen=True)
@@ -357,23 +362,39 @@ class PageSamples:
         item, name = rng.choice(measure.dimension.items), self.document.name
         nowhere = Box(0, 0, 1, 1)
         fact = Fact("table", measure.name, item, rng.choice(tuple(_FIGURES)), "", nowhere, nowhere)
-        wording, question = self.writer.ask(name, fact)
-        kind = rng.choice((REPEAT, WHO, WHICH, WHAT, WHAT))
-        if kind == WHAT:
-            said = measure.name.lower() if wording == "formal" else measure.everyday
-            return Asked("measure", WHAT + question, measure.name, said=said)
-        if kind in (WHO, WHICH):
-            return Asked("copy", kind + question, name if kind == WHO else item, copied=True)
+        kind = rng.choice((REPEAT, WHO, WHICH, WHAT, ABOUT))
+        if kind != REPEAT:
+            wording, question = self.writer.ask(name, fact)
+            parts = {WHO: (name,), WHICH: (item,), WHAT: (measure.name,), ABOUT: (name, measure.name, item)}[kind]
+            return self.echo(kind, question, parts, fact, wording)
         parts = [name, item, measure.name, rng.choice(rng.choice(MEASURES).dimension.items)]
         rng.shuffle(parts)
         text = " ".join(parts[: rng.randint(2, len(parts))])
-        return Asked("copy", REPEAT + text, text, copied=True)
+        return Asked("copy", REPEAT + text, text, echoes=((text, text),))
+
+    def echo(self, kind: str, question: str, parts: tuple[str, ...], fact: Fact, wording: str) -> Asked:
+        """What a question asks for: `parts` are the answer, the fact's measure among them in the page's words."""
+        measure = _MEASURES[fact.subject]
+        said = measure.name.lower() if wording == "formal" else measure.everyday
+        echoes = tuple((part, said if part == measure.name else part) for part in parts)
+        name = {WHAT: "measure", ABOUT: "about"}.get(kind, "copy")
+        return Asked(name, kind + question, " ".join(parts), echoes=echoes)
+
+    def told(self, asked: Asked, fact: Fact) -> Asked:
+        """The same asked without naming it, after the question was put before: the reply names it."""
+        is_box = asked.kind == "region"
+        saying = self.rng.choice(SAY_WHERE if is_box else SAY_WHAT).format(fact.item)
+        return replace(
+            asked, kind=asked.kind if is_box else "told " + asked.kind.split()[-1],
+            question=self.rng.choice(IT_WHERE if is_box else IT_WHAT), named=fact.item, card=False,
+            echoes=((fact.item, fact.item),), saying=saying,
+        )  # fmt: skip
 
     def conversation(self) -> Sample:
         """Questions about texts; then, more often than not, where something stands on a page of the document, and what
-        a crop of it says; then the same on this page."""
+        a crop of it says; then the same on this page. What is asked for may have been said before the images came."""
         rng = self.rng
-        turns = [self.text_question() for _ in range(rng.randint(3, 8))]
+        turns = [self.text_question() for _ in range(rng.randint(2, 6))]
         later: list[tuple[int, Image.Image]] = []
         makers = [self]
         if rng.random() < 0.6:
@@ -381,14 +402,21 @@ class PageSamples:
             makers.insert(0, PageSamples(self.document, self.document.page(number), rng))
         for maker in makers:
             question, fact = maker.any_question()
+            tells = fact.column in _FIGURES and rng.random() < 0.7
+            if tells:
+                wording, question = maker.writer.ask(self.document.name, fact)
+                parts = (self.document.name, fact.subject, fact.item)
+                turns.append(self.echo(ABOUT, question, parts, fact, wording))
             view = page_view(maker.page)
             if rng.random() < 0.9:
                 later.append((len(turns), render(maker.image, view)))
-                turns.append(maker.place_question(view, fact if rng.random() < 0.7 else None))
+                place = maker.place_question(view, fact)
+                turns.append(self.told(place, fact) if tells else place)
             if rng.random() < 0.8:
                 crop = region_view(maker.page, fact.region_box, rng, fact.answer_box)
                 later.append((len(turns), render(maker.image, crop)))
-                turns.append(maker.value_question("later", crop, fact, question))
+                value = maker.value_question("later", crop, fact, question)
+                turns.append(self.told(value, fact) if tells else value)
         return Sample(None, tuple(turns), (), tuple(later)) if later else self.language()
 
     def _sample(self, view: View, turns: list[Asked]) -> Sample:

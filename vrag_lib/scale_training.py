@@ -32,12 +32,11 @@ from vrag_lib.scale_cells import Cells, cell_batch, cell_heads, cell_loss, slot_
 from vrag_lib.scale_characters import BINS, CHARACTERS, GRIDS, SLOTS, draw_character_page
 from vrag_lib.scale_loop import Counts, Schedule, Tally, process_rank, train, wait_for_all
 from vrag_lib.scale_matching import begin_with_codes, begin_with_copying
-from vrag_lib.scale_optim import keep_freed_memory
 from vrag_lib.scale_policy import build_model, build_processor
 from vrag_lib.scale_reading import Batch, float32_attention, make_batch, naming_loss, reading_loss
 from vrag_lib.scale_tasks import draw_samples
 from vrag_lib.scale_vision import Images, OnDevice, arrange, encode_images, patchify
-from vrag_lib.torch_setup import ensure_torchvision
+from vrag_lib.torch_setup import ensure_torchvision, keep_freed_memory
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +44,7 @@ if TYPE_CHECKING:
 READING_MIX = {"whole": 1.0, "several": 0.7, "crop": 2.5, "close": 2.0}
 JOINT_MIX = {"whole": 1.0, "several": 0.7, "crop": 2.5, "close": 0.5}
 COPYING_MIX = {"whole": 0.7, "several": 0.5, "crop": 1.5, "close": 0.5, "language": 3.0}
-CONVERSING_MIX = {"whole": 0.3, "several": 0.2, "crop": 0.5, "close": 0.2, "language": 1.0, "conversation": 2.0}
+CONVERSING_MIX = {"whole": 0.4, "several": 0.2, "crop": 0.5, "close": 0.2, "language": 1.0, "conversation": 2.0}
 MIXES = {"reading": READING_MIX, "joint": JOINT_MIX, "copying": COPYING_MIX, "conversing": CONVERSING_MIX}
 """Samples per page while the language model learns to read, while all is trained, and while it learns to copy and to
 converse."""

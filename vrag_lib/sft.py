@@ -23,8 +23,7 @@ import numpy as np
 from vrag_lib.config import SFTConfig
 from vrag_lib.corpus import Corpus
 from vrag_lib.policy_transformers import TransformersPolicy
-from vrag_lib.scale_optim import keep_freed_memory
-from vrag_lib.torch_setup import ensure_torchvision
+from vrag_lib.torch_setup import ensure_torchvision, keep_freed_memory
 from vrag_lib.training import RunFolder, freeze_vision, last_checkpoint, lora_config, process_count
 from vrag_lib.training_batch import Example, UntrainableError, batched, example_of
 from vrag_lib.trajectory import Trajectory
