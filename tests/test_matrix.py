@@ -222,9 +222,9 @@ def test_cells_that_are_trained(tiny, monkeypatch):
         return fine_tune(*arguments, **settings)
 
     monkeypatch.setattr(training, "fine_tune", counted)
-    names = ["sft_search", "sft", "vrag_rl", "sft_rl_search"]
+    names = ["vrag_prompted", "sft_search", "sft", "vrag_rl", "sft_rl_search"]
     outcomes = {o.cell: o for o in run_matrix(tiny, names, seeds=1, format_trajectories=8)}
-    assert [outcomes[name].state for name in names] == ["failed", "finished", "finished", "failed"]
+    assert [outcomes[name].state for name in names] == ["finished", "failed", "finished", "finished", "failed"]
     # The shared checkpoints are trained once, and the one that failed is not tried again.
     assert tuned == ["format", "sft_crop_all_seed_0", "sft_search_all_seed_0"]
     assert "needs the checkpoint sft_search_all_seed_0, which failed: RuntimeError" in outcomes["sft_rl_search"].error
@@ -232,7 +232,7 @@ def test_cells_that_are_trained(tiny, monkeypatch):
     assert (made / "vrag_rl_seed_0" / "merged" / "model.safetensors").is_file()
     assert not list(made.glob("*/checkpoint-*"))
     assert [o.state for o in run_matrix(tiny, ["sft", "vrag_rl"], seeds=1, format_trajectories=8)] == ["skipped"] * 2
-    assert set(read_rows(tiny)) == {"sft", "vrag_rl"}
+    assert set(read_rows(tiny)) == {"vrag_prompted", "sft", "vrag_rl"}
     other = dataclasses.replace(tiny, sft=dataclasses.replace(tiny.sft, learning_rate=1.0))
     with pytest.raises(MatrixError, match=r"sft\.learning_rate=0\.0005 not 1\.0"):
         Workbench(other, 8).checkpoint(CELLS["sft"], 0)

@@ -309,7 +309,7 @@ class PolicyTraining:
         keeps its share. The number of steps depends on `hours` alone.
 
         >>> PolicyTraining.of_hours(3).reading.steps
-        6845
+        6237
         """
         whole = cls(seed=seed)
         stages = {name: getattr(whole, name) for name in SECONDS_PER_STEP}
