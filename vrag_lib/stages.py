@@ -53,6 +53,7 @@ class Collection:
 
     @functools.cached_property
     def retriever(self) -> Retriever:
+        """The index, built or read from the cache the first time."""
         return self.index()
 
 
