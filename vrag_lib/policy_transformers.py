@@ -48,6 +48,9 @@ _PREPARED_IMAGES = 48
 """Images kept as patches between calls, at most about 10 MB each at 512 vision tokens: a conversation shows them every
 turn."""
 
+_RENDERED_IMAGES = 384
+"""Images kept as pixels, about 1.2 MB each at 512 vision tokens: a rollout's are shown again when it is trained on."""
+
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be this policy; the message says why."""
@@ -112,7 +115,8 @@ class TransformersPolicy:
         ends = getattr(model.generation_config, "eos_token_id", None)
         self._ends = {self._im_end, *([ends] if isinstance(ends, int) else ends or [])}
         self.suppressed_token_ids = tuple(self._id(t) for t in IMAGE_TOKENS if t in self.tokenizer.get_vocab())
-        self._patches = lru_cache(_PREPARED_IMAGES)(lambda ref: self._prepare_image(ref.render(corpus)))
+        rendered = lru_cache(_RENDERED_IMAGES)(lambda ref: ref.render(corpus))
+        self._patches = lru_cache(_PREPARED_IMAGES)(lambda ref: self._prepare_image(rendered(ref)))
 
     @classmethod
     def from_pretrained(
