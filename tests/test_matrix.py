@@ -232,10 +232,28 @@ def test_cells_that_are_trained(tiny, monkeypatch):
     assert (made / "vrag_rl_seed_0" / "merged" / "model.safetensors").is_file()
     assert not list(made.glob("*/checkpoint-*"))
     assert [o.state for o in run_matrix(tiny, ["sft", "vrag_rl"], seeds=1, format_trajectories=8)] == ["skipped"] * 2
+    assert run_matrix(tiny, ["sft", "vrag_rl"], seeds=1, format_trajectories=8, first_seed=1) == []
     assert set(read_rows(tiny)) == {"vrag_prompted", "sft", "vrag_rl"}
     other = dataclasses.replace(tiny, sft=dataclasses.replace(tiny.sft, learning_rate=1.0))
     with pytest.raises(MatrixError, match=r"sft\.learning_rate=0\.0005 not 1\.0"):
         Workbench(other, 8).checkpoint(CELLS["sft"], 0)
+
+
+def test_seeds_of_reinforcement_learning_take_turns_with_cold_starts(tiny, monkeypatch):
+    def asked(cold_starts: int, cell: str) -> list[tuple[int, int]]:
+        """Seeds of SFT and of RL that are asked for, by a bench that trains nothing."""
+        bench, seeds = Workbench(tiny, 0, cold_starts), []
+        monkeypatch.setattr(bench, "_fine_tuned", lambda model, cell, seed: seeds.append(("sft", seed)) or model)
+        monkeypatch.setattr(bench, "_reinforced", lambda model, cell, seed: seeds.append(("rl", seed)) or model)
+        for seed in range(3):
+            bench.checkpoint(CELLS[cell], seed)
+        return seeds
+
+    assert asked(1, "vrag_rl") == [("sft", 0), ("rl", 0), ("sft", 0), ("rl", 1), ("sft", 0), ("rl", 2)]
+    assert [seed for stage, seed in asked(2, "vrag_rl") if stage == "sft"] == [0, 1, 0]
+    assert asked(1, "sft") == [("sft", 0), ("sft", 1), ("sft", 2)]
+    with pytest.raises(ValueError, match="at least one cold start"):
+        Workbench(tiny, 0, 0)
 
 
 def test_what_cells_without_crop_and_the_format_learn_from(tiny):

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from vrag_lib.config import ConfigError, load_config
+from vrag_lib.corpus import document_stem
 from vrag_lib.judge import rule_judge
 from vrag_lib.stages import (
     collection,
@@ -104,4 +105,7 @@ def test_seeds_of_reinforcement_learning_share_questions_and_no_folder(made, tmp
     folders = [reinforce(config, "start", train, seed=seed) for seed in (None, 7)]
     assert folders == [config.folder("grpo") / "paper_seed_0", config.folder("grpo") / "paper_seed_7"]
     assert [named["seed"] for _, named in calls] == [0, 7]
-    assert calls[0][0][1] == calls[1][0][1] == training_questions(config, train.questions)[1]
+    assert calls[0][0][1] == calls[1][0][1] == tuple(training_questions(config, train.questions)[1])
+    corpus = calls[0][0][2]
+    assert {d.id for d in corpus.documents} == {document_stem(q.file_name) for q in calls[0][0][1]}
+    assert 0 < len(corpus) < len(train.corpus)

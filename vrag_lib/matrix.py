@@ -67,10 +67,14 @@ def run_matrix(
     cells: Sequence[str] | None = None,
     seeds: int = SEEDS,
     format_trajectories: int | None = None,
+    first_seed: int = 0,
+    cold_starts: int = 1,
 ) -> list[Outcome]:
     """Run these cells (default: all) with `seeds` seeds each, and whatever training they need; returns every outcome.
 
-    format_trajectories: default what the preset needs, see `matrix_training.FORMAT_TRAJECTORIES`.
+    format_trajectories: default what the preset needs, see `matrix_training.FORMAT_TRAJECTORIES`. first_seed: leave out
+    the seeds before it, for a part of the matrix on another machine. cold_starts: trainings of SFT that the seeds of RL
+    begin with in turn.
 
     Raises ConfigError for an unknown cell and where there is no policy to start from, ValueError for fewer seeds than
     one. What happens inside a cell is caught.
@@ -80,10 +84,10 @@ def run_matrix(
     if seeds < 1:
         raise ValueError(f"the matrix needs at least one seed, not {seeds}")
     wanted = find_cells(cells)
-    bench = Workbench(config, format_trajectories)
+    bench = Workbench(config, format_trajectories, cold_starts)
     if config.policy.kind == "transformers":
         bench.raw()
-    units = [(cell, seed) for seed in range(seeds) for cell in wanted if seed in cell.seeds(seeds)]
+    units = [(cell, seed) for seed in range(first_seed, seeds) for cell in wanted if seed in cell.seeds(seeds)]
     outcomes = []
     # No remaining time: the first cells take minutes and the last hours, so the bar would be wrong all the way.
     with tqdm(units, unit="cell", bar_format="{desc} |{bar}| {n_fmt} of {total_fmt} cells, {elapsed}") as bar:
@@ -159,7 +163,8 @@ def _settings(bench: Workbench, cell: Cell, config: Config, seed: int) -> dict:
     stages = ["policy", "environment", "retrieval"]
     stages += ["sft", "synthesis"] if formatted or cell.trained else []
     stages += ["grpo"] if "grpo" in cell.chain else []
-    return {
+    begun = {"cold_start": seed % bench.cold_starts} if cell.chain == "sft+grpo" else {}
+    return begun | {
         "cell": described,
         "seed": seed,
         "model": model_fingerprint(bench.raw()) if config.policy.kind == "transformers" else config.policy.model,

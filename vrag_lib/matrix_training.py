@@ -5,7 +5,8 @@
 
 Everything lies below `results/<preset>/matrix/`: `data/` trajectories, `checkpoints/` models. A folder says in
 `settings.json` what it depends on, and nothing made with other settings is used in its place. Trainings go on from
-their last checkpoint after a kill. Data are drawn with `config.seed`, trainings with the seed of the cell.
+their last checkpoint after a kill. Data are drawn with `config.seed`, trainings with the seed of the cell. Seeds of RL after
+SFT share their cold start, as the paper has one, unless `cold_starts` asks for several; they then take turns.
 
 Deviations from the paper: see `matrix_cells`. The stage `format`, where there is no SFT, stands in for what an
 instruct model brings along.
@@ -67,8 +68,11 @@ class MatrixError(RuntimeError):
 class Workbench:
     """Collections, trajectories and checkpoints of one config, made when first asked for."""
 
-    def __init__(self, config: Config, format_trajectories: int | None = None):
+    def __init__(self, config: Config, format_trajectories: int | None = None, cold_starts: int = 1):
+        if cold_starts < 1:
+            raise ValueError(f"reinforcement learning needs at least one cold start, not {cold_starts}")
         self.config = config
+        self.cold_starts = cold_starts
         self.folder = config.folder("matrix")
         if format_trajectories is None:
             format_trajectories = FORMAT_TRAJECTORIES.get(config.preset, 0)
@@ -110,7 +114,7 @@ class Workbench:
         """The model of a cell, trained with that seed, ready to be loaded: a folder, or a hub id for `raw`."""
         model = self._start() if cell.starts_formatted else self.raw()
         if cell.chain in ("sft", "sft+grpo"):
-            model = self._fine_tuned(model, cell, seed)
+            model = self._fine_tuned(model, cell, seed if cell.chain == "sft" else seed % self.cold_starts)
         if cell.chain in ("grpo", "sft+grpo"):
             model = self._reinforced(model, cell, seed)
         return model

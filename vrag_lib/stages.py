@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from vrag_lib.config import Config, ConfigError, save_config
-from vrag_lib.corpus import Corpus, Question
+from vrag_lib.corpus import Corpus, Question, document_stem
 from vrag_lib.factory import make_retriever, scale_policy
 from vrag_lib.judge import Judge
 from vrag_lib.policy import Policy
@@ -75,6 +75,15 @@ def training_questions(config: Config, questions: Sequence[Question]) -> tuple[l
 
     wanted = len(questions) // 2 if config.smoke else config.synthesis.rl_questions
     return split_questions(questions, wanted, config.seed)
+
+
+def set_apart(config: Config, train: Collection) -> Collection:
+    """What reinforcement learning works in: the questions set apart for it, among the pages of their documents alone.
+    That is several times as many pages as the test split has, and spares an index of those that SFT learnt from."""
+    questions = training_questions(config, train.questions)[1]
+    names = {document_stem(question.file_name) for question in questions}
+    corpus = Corpus(document for document in train.corpus.documents if document.id in names)
+    return Collection(tuple(questions), corpus, functools.partial(make_retriever, corpus, config))
 
 
 def make_experts(config: Config, questions: Sequence[Question], corpus: Corpus) -> tuple[Policy, Any]:
@@ -257,11 +266,12 @@ def reinforce(
     seed = config.seed if seed is None else seed
     folder = folder or config.folder("grpo") / f"{config.grpo.recipe}_seed_{seed}"
     save_config(config, folder)
+    apart = set_apart(config, train)
     return train_grpo(
         checkpoint,
-        training_questions(config, train.questions)[1],
-        train.corpus,
-        train.retriever,
+        apart.questions,
+        apart.corpus,
+        apart.retriever,
         config.grpo,
         folder,
         environment=config.environment,
