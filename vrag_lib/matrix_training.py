@@ -5,8 +5,8 @@
 
 Everything lies below `results/<preset>/matrix/`: `data/` trajectories, `checkpoints/` models. A folder says in
 `settings.json` what it depends on, and nothing made with other settings is used in its place. Trainings go on from
-their last checkpoint after a kill. Data are drawn with `config.seed`, trainings with the seed of the cell. Seeds of RL after
-SFT share their cold start, as the paper has one, unless `cold_starts` asks for several; they then take turns.
+their last checkpoint after a kill. Data are drawn with `config.seed`, trainings with the seed of the cell. Seeds of RL
+after SFT share their cold start, as the paper has one, unless `cold_starts` asks for several; they then take turns.
 
 Deviations from the paper: see `matrix_cells`. The stage `format`, where there is no SFT, stands in for what an
 instruct model brings along.
