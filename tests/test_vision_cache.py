@@ -7,7 +7,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from vrag_lib.scale_policy import build_model, build_processor  # noqa: E402
-from vrag_lib.vision_cache import remember_features  # noqa: E402
+from vrag_lib.vision_cache import remember_features, weights_state  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +70,23 @@ def test_changed_weights_are_noticed(model, tower):
         after = tower(pixels, grid_thw=grid).pooler_output
         tower.merger.mlp[0].weight.div_(1.5)
     assert not torch.equal(before, after) and cache.hits == 0
+
+
+@pytest.mark.parametrize("kind", [{"fused": True}, {"foreach": True}, {"foreach": False}])
+def test_an_optimizer_s_step_is_noticed(model, tower, kind):
+    """A fused one, the trainers' default, does not tell by itself."""
+    remember_features(model)
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weight, torch.nn.Parameter(torch.ones(2))], **kind)
+    for _ in range(3):
+        before = weights_state([weight])
+        weight.grad = torch.ones(3)
+        optimizer.step()
+        assert weights_state([weight]) != before
+    before = weights_state([weight])
+    optimizer.zero_grad()
+    optimizer.step()
+    assert weights_state([weight]) == before
 
 
 def test_a_tower_in_training_is_left_alone(model, tower):

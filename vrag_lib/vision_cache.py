@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Iterable
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ class FeatureCache:
 
 def remember_features(model: Any, max_bytes: int = MAX_BYTES) -> FeatureCache:
     """Put a cache before the vision tower of a Qwen2(.5)-VL, once; returns it, or the one already there."""
+    _notice_optimizers()
     tower = vision_tower(model)
     if not isinstance(tower.__dict__.get("forward"), FeatureCache):
         tower.forward = FeatureCache(tower, max_bytes)
@@ -86,8 +88,21 @@ def remember_features(model: Any, max_bytes: int = MAX_BYTES) -> FeatureCache:
 
 
 def weights_state(parameters: Iterable[torch.nn.Parameter]) -> list[tuple[Any, ...]]:
-    """What differs after any of these weights was replaced or changed in place."""
+    """What differs after any of these weights was replaced or changed in place. Steps of a fused optimizer are seen
+    once `remember_features` was called."""
     return [(p.data_ptr(), p._version, p.dtype) for p in parameters]
+
+
+@cache
+def _notice_optimizers() -> None:
+    """Fused optimizers, the trainers' default, change weights without raising their version: do it after every step."""
+    from torch.autograd.graph import increment_version
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    def after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        increment_version([p for group in optimizer.param_groups for p in group["params"] if p.grad is not None])
+
+    register_optimizer_step_post_hook(after_step)
 
 
 def vision_tower(model: Any) -> Any:
