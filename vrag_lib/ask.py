@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
 from vrag_lib.actions import ActionKind
-from vrag_lib.config import Config, save_config
+from vrag_lib.config import Config, RolloutConfig, save_config
 from vrag_lib.corpus import Corpus, Question
 from vrag_lib.factory import make_policy, make_retriever, open_corpus
 from vrag_lib.rollout import rollout
@@ -39,7 +40,7 @@ def ask(path: str | Path, question: str, config: Config) -> Answer:
         raise ValueError("the question is empty")
     corpus = open_corpus(path, config)
     retriever = make_retriever(corpus, config)
-    policy = make_policy(corpus, config)
+    policy = make_policy(corpus, dataclasses.replace(config, rollout=RolloutConfig()))  # one question needs no engine
     item = Question("ask", question.strip(), "")
     trajectory = rollout(
         policy,

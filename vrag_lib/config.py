@@ -121,7 +121,7 @@ class RolloutConfig:
     gpu_memory_utilization: float = _doc(0.4, "vllm, GPU: share of the card's memory it may take, weights included")
     sleep: bool = _doc(True, "vllm, GPU: free its memory for the trainer between rollouts")
     enforce_eager: bool = _doc(False, "vllm, GPU: no CUDA graphs: starts sooner, samples slower; always so on a CPU")
-    cpu_cache_mib: int = _doc(256, "vllm, CPU: memory for keys and values, MiB")
+    cpu_cache_mib: int = _doc(512, "vllm, CPU: memory for keys and values, MiB")
 
     def validate(self) -> None:
         """Raises ConfigError, naming the setting, for an unknown engine or sizes that leave it no memory."""

@@ -5,12 +5,16 @@ here, so a setting means the same in both. Heavy libraries are imported only by 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vrag_lib.config import Config, ConfigError, cache_dir
 from vrag_lib.corpus import Corpus
 from vrag_lib.policy import Policy
 from vrag_lib.retrieval import Retriever
-from vrag_lib.scale_policy import MAX_PIXELS, WEIGHTS
+from vrag_lib.scale_policy import COLD_START, MAX_PIXELS, WEIGHTS
+
+if TYPE_CHECKING:
+    from vrag_lib.grpo import Sampler
 
 RETRIEVERS = ("text", "bm25", "dense", "visual", "remote")
 POLICIES = ("extractive", "transformers", "openai")
@@ -82,12 +86,18 @@ def scale_policy() -> Path | None:
     return WEIGHTS if (WEIGHTS / "config.json").is_file() else None
 
 
-def make_policy(corpus: Corpus, config: Config) -> Policy:
-    """The policy named by `policy.kind`.
+def scale_cold_start() -> Path | None:
+    """The scale policy after SFT that the repository ships; None where it is absent."""
+    return COLD_START if (COLD_START / "config.json").is_file() else None
 
-    Raises ConfigError for an unknown kind or one whose model or endpoint is missing.
+
+def make_policy(corpus: Corpus, config: Config) -> Policy:
+    """The policy named by `policy.kind`; `transformers` samples with the engine that `rollout.engine` names.
+
+    Raises ConfigError for an unknown kind or engine, or one whose model, endpoint or package is missing.
     """
     settings = config.policy
+    config.rollout.validate()
     limits = {
         "temperature": settings.temperature,
         "top_p": settings.top_p,
@@ -98,22 +108,20 @@ def make_policy(corpus: Corpus, config: Config) -> Policy:
 
         return ExtractivePolicy(corpus)
     if settings.kind == "transformers":
-        from vrag_lib.policy_transformers import TransformersPolicy
-
         # The scale policy reads MiniDocs at its own size; pages of other documents are shown larger.
         fits = config.environment.max_pixels <= MAX_PIXELS
         model = settings.model or (scale_policy() if fits else None)
         if not model:
             raise ConfigError("policy.kind=transformers needs policy.model=, a path or hub id of a Qwen2-VL-type model")
-        return TransformersPolicy.from_pretrained(
-            model,
-            corpus,
-            device=settings.device,
-            dtype=settings.dtype,
-            max_context_tokens=settings.max_context_tokens,
-            batch_size=settings.batch_size,
-            **limits,
-        )
+        limits |= {"max_context_tokens": settings.max_context_tokens, "batch_size": settings.batch_size}
+        where = {"device": settings.device, "dtype": settings.dtype}
+        if config.rollout.engine == "vllm":
+            from vrag_lib.policy_vllm import VLLMPolicy
+
+            return VLLMPolicy.from_pretrained(model, corpus, config.rollout, **where, **limits)
+        from vrag_lib.policy_transformers import TransformersPolicy
+
+        return TransformersPolicy.from_pretrained(model, corpus, **where, **limits)
     if settings.kind == "openai":
         from vrag_lib.policy_openai import OpenAIPolicy
 
@@ -121,3 +129,17 @@ def make_policy(corpus: Corpus, config: Config) -> Policy:
             raise ConfigError("policy.kind=openai needs policy.base_url= (…/v1) and policy.model=")
         return OpenAIPolicy(corpus, settings.base_url, settings.model, api_key_env=settings.api_key_env, **limits)
     raise ConfigError(f"policy.kind is one of {', '.join(POLICIES)}, not {settings.kind!r}")
+
+
+def make_sampler(checkpoint: str | Path, corpus: Corpus, config: Config) -> Sampler | None:
+    """Who samples the rollouts of GRPO from a checkpoint, as `rollout.engine` names it; None is the model under
+    training itself.
+
+    Raises ConfigError for an unknown engine or one whose package is missing.
+    """
+    config.rollout.validate()
+    if config.rollout.engine == "transformers":
+        return None
+    from vrag_lib.policy_vllm import VLLMSampler
+
+    return VLLMSampler(checkpoint, corpus, config.rollout)

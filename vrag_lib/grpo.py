@@ -39,7 +39,8 @@ Credit = Callable[[Trajectory], Mapping[str, Sequence[float]]]
 """For some rewards of a trajectory, a weight for each of its turns: which turns the reward is credited to."""
 
 Sampler = Callable[["TransformersPolicy"], Policy]
-"""Called before each rollout with the policy under training; returns who samples (an engine given the new weights)."""
+"""Called before each rollout with the policy under training; returns who samples (an engine given the new weights).
+Where it has a method `rest`, that is called after each rollout."""
 
 
 def question_order(count: int, needed: int, seed: int) -> list[int]:

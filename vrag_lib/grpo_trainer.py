@@ -216,6 +216,8 @@ class AgentGRPOTrainer(RunFolder, trl.GRPOTrainer):
             max_sampled_tokens=self.config.max_sampled_tokens,
             **self.run,
         )
+        if rest := getattr(self.sampler, "rest", None):
+            rest()
         for phase in ("generate", "retrieve"):
             self._sums[f"seconds_{phase}"] += sum(t.timings[phase] for t in trajectories)
         start = time.perf_counter()

@@ -21,7 +21,7 @@ from typing import Any
 
 from vrag_lib.config import Config, ConfigError, save_config
 from vrag_lib.corpus import Corpus, Question, document_stem
-from vrag_lib.factory import make_retriever, scale_policy
+from vrag_lib.factory import make_retriever, make_sampler, scale_policy
 from vrag_lib.judge import Judge
 from vrag_lib.policy import Policy
 from vrag_lib.retrieval import Retriever
@@ -255,7 +255,7 @@ def reinforce(
     seed: train with another one than `config.seed`, from which follows which questions are set apart; so the seeds of
     one experiment share their questions. folder: write elsewhere than to `grpo/<recipe>_seed_<seed>`.
 
-    Raises ConfigError for an unknown recipe.
+    Raises ConfigError for an unknown recipe, or an engine that is not installed.
     """
     from vrag_lib.grpo import train_grpo
     from vrag_lib.rewards import RECIPES, score
@@ -276,6 +276,7 @@ def reinforce(
         folder,
         environment=config.environment,
         reward=functools.partial(score, recipe=RECIPES[config.grpo.recipe]),
+        sampler=make_sampler(checkpoint, apart.corpus, config),
         seed=seed,
         device=config.policy.device,
         preset=config.preset,
