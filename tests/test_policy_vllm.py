@@ -35,9 +35,10 @@ torch = pytest.importorskip("torch")
 
 from vrag_lib.grpo import GRPOConfig, train_grpo  # noqa: E402
 from vrag_lib.policy_transformers import TransformersPolicy  # noqa: E402
-from vrag_lib.policy_vllm import MAX_IMAGES, VLLMPolicy, VLLMSampler  # noqa: E402
+from vrag_lib.policy_vllm import MAX_IMAGES, VLLMPolicy  # noqa: E402
 from vrag_lib.training import lora_config  # noqa: E402
 from vrag_lib.training_batch import example_of, token_logprobs  # noqa: E402
+from vrag_lib.vllm_weights import VLLMSampler, merged_weights  # noqa: E402
 
 SCALE_POLICY = Path(__file__).parent.parent / "data" / "scale_policy"
 LIMITS = {"max_reply_tokens": 24, "max_context_tokens": 1024, "batch_size": 8}
@@ -219,8 +220,8 @@ class Recorder:
         assert (folder / "adapter_model.safetensors").is_file()
         self.given.append((folder, number))
 
-    def use_weights(self, model):
-        self.given.append(model)
+    def use_weights(self, weights):
+        self.given.append(dict(weights))
 
 
 @pytest.fixture
@@ -263,8 +264,34 @@ def test_every_update_of_an_adapter_has_a_number_and_a_folder_of_its_own(sampler
 def test_without_an_adapter_all_weights_are_handed_over(sampler):
     agent = fresh_agent()
     sampler(agent)
-    assert sampler.recorder.given == [agent.model]
+    (given,) = sampler.recorder.given
+    expected = agent.model.state_dict()
+    assert given.keys() == expected.keys()
+    assert all(torch.equal(given[name], value) for name, value in expected.items())
     assert sampler.started[0]["lora_rank"] == 0
+
+
+def test_a_merged_adapter_goes_out_in_the_weights_and_stays_an_adapter_here(sampler):
+    from peft import get_peft_model
+
+    agent, plain = fresh_agent(), fresh_agent().model
+    agent.model = get_peft_model(agent.model, lora_config(4, 8))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in agent.model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+    sampler.settings = replace(sampler.settings, merge_adapter=True)
+    sampler(agent)
+    (given,) = sampler.recorder.given
+    assert sampler.started[0]["lora_rank"] == 0
+    plain.load_state_dict(given)
+    inputs = agent.model_inputs([agent.encode(conversations()[2])])
+    with torch.no_grad():
+        expected, merged = agent.model(**inputs).logits, plain(**inputs).logits
+        with agent.model.disable_adapter():
+            assert (agent.model(**inputs).logits - expected).abs().max() > 0.1
+    torch.testing.assert_close(merged, expected, rtol=0, atol=1e-4)
 
 
 def test_adapters_of_the_vision_tower_and_shards_are_refused(sampler):
@@ -441,7 +468,7 @@ def test_all_weights_handed_over_are_followed_the_tied_head_and_the_vision_tower
             for name, parameter in trained.model.named_parameters():
                 if part in name:
                     parameter += 0.2 * parameter.std() * torch.randn_like(parameter)
-        plain.use_weights(trained.model)
+        plain.use_weights(merged_weights(trained.model))
         replies = plain.generate(conversations(), seeds=[1, 2, 3, 4])
         assert largest_gap(trained, replies) < 1e-4
         assert replies[1:] != before[1:]
@@ -460,7 +487,7 @@ def test_image_tokens_cannot_be_sampled(plain):
             rows[token] = 3 * rows[said]
         scores = wanting.model(**wanting.model_inputs([wanting.encode(turns[0])])).logits[0, -1]
     assert int(scores.argmax()) in wanting.suppressed_token_ids
-    plain.use_weights(wanting.model)
+    plain.use_weights(merged_weights(wanting.model))
     for reply in plain.generate(turns * 8, seeds=range(8)):
         assert not set(plain.suppressed_token_ids) & set(reply.token_ids)
 
@@ -481,11 +508,11 @@ def test_the_context_ends_where_it_ends_for_transformers(adapted, agent, monkeyp
 
 
 @pytest.mark.vllm
-@pytest.mark.parametrize("lora_rank", [4, 0])
-def test_two_steps_of_grpo_sample_under_the_trainer_s_own_weights(tmp_path, lora_rank):
+@pytest.mark.parametrize(("lora_rank", "merge"), [(4, False), (4, True), (0, False)])
+def test_two_steps_of_grpo_sample_under_the_trainer_s_own_weights(tmp_path, lora_rank, merge):
     pytest.importorskip("vllm", reason="run by make test-vllm")
     checkpoint = trained_checkpoint()
-    config = load_config("laptop", ["rollout.engine=vllm"])
+    config = load_config("laptop", ["rollout.engine=vllm", f"rollout.merge_adapter={merge}"])
     rows = run(checkpoint, tmp_path, make_sampler(checkpoint, corpus(), config), lora_rank=lora_rank)
     assert [row["step"] for row in rows] == [1, 2]
     for row in rows:

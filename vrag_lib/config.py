@@ -118,6 +118,7 @@ class RolloutConfig:
     """What samples the replies of a `policy.kind=transformers`, in evaluation and in rollouts of GRPO."""
 
     engine: str = _doc("transformers", "transformers, or vllm (package of its own; paged, continuous batches)")
+    merge_adapter: bool = _doc(False, "vllm: send weights with LoRA added, not the adapter; faster on a CPU")
     gpu_memory_utilization: float = _doc(0.4, "vllm, GPU: share of the card's memory it may take, weights included")
     sleep: bool = _doc(True, "vllm, GPU: free its memory for the trainer between rollouts")
     enforce_eager: bool = _doc(False, "vllm, GPU: no CUDA graphs: starts sooner, samples slower; always so on a CPU")
@@ -303,6 +304,7 @@ EXPERIMENTS: dict[str, Config] = PRESETS | {
         policy=PolicyConfig(
             kind="transformers", max_reply_tokens=96, max_context_tokens=2048, batch_size=32, device="cpu"
         ),
+        rollout=RolloutConfig(merge_adapter=True),
         sft=SFTConfig(
             epochs=2, batch_size=4, micro_batch_size=4, learning_rate=5e-4, max_tokens=2048, save_steps=240,
             warmup_ratio=0.05,

@@ -140,6 +140,6 @@ def make_sampler(checkpoint: str | Path, corpus: Corpus, config: Config) -> Samp
     config.rollout.validate()
     if config.rollout.engine == "transformers":
         return None
-    from vrag_lib.policy_vllm import VLLMSampler
+    from vrag_lib.vllm_weights import VLLMSampler
 
     return VLLMSampler(checkpoint, corpus, config.rollout)

@@ -1,9 +1,8 @@
 """Replies sampled by vLLM instead of Transformers: paged keys and values, continuous batches, the same policy protocol.
 
-The engine runs in this process (colocated): beside a trainer it is given the new weights before each rollout, a LoRA
-adapter as a fresh folder, all weights in memory, and on a GPU sleeps while the trainer works. Tokens, limits and what
+The engine runs in this process, beside a trainer if there is one (colocated; `vllm_weights`). Tokens, limits and what
 log-probs mean are those of `policy_chat`, so trajectories of both engines are trained alike. In float32 the two agree
-within 1e-5; which tokens are drawn from the same seed differs.
+within 1e-4; which tokens are drawn from the same seed differs.
 
 What vLLM does in silence, and what is done about it here:
 
@@ -21,8 +20,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
-import tempfile
+import sys
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,11 +32,11 @@ from vrag_lib.policy import Reply
 from vrag_lib.policy_chat import ChatPolicy, CheckpointError, Context
 from vrag_lib.torch_setup import ensure_torchvision
 from vrag_lib.training import process_count
-from vrag_lib.vision_cache import weights_state
 
 if TYPE_CHECKING:
+    import torch
+
     from vrag_lib.corpus import Corpus
-    from vrag_lib.policy_transformers import TransformersPolicy
 
 MAX_IMAGES = 32
 """Images per conversation that the engine is started for; a conversation with more gets an error."""
@@ -50,8 +49,6 @@ _RENDERED_IMAGES = 512
 
 _BANNED = -100.0
 """Added to the logits of image tokens, the most that vLLM allows: e^-100 of their probability is left."""
-
-_LIMITS = ("temperature", "top_p", "max_reply_tokens", "max_context_tokens", "batch_size")
 
 REMEDY = (
     "rollout.engine=vllm needs the package vllm: on a CUDA machine pip install 'vrag-lib[gpu]'; without one `make "
@@ -91,6 +88,7 @@ def start_engine(
         os.environ["TORCHDYNAMO_DISABLE"] = "1"
     ensure_torchvision()
     import torch
+    import vllm.triton_utils.dispatcher
     from vllm import LLM, ModelRegistry
     from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
     from vllm.model_executor.models.qwen2_vl import Qwen2VLForConditionalGeneration
@@ -98,6 +96,7 @@ def start_engine(
     # vLLM would look at the model's class in a process of its own, where `ensure_torchvision` has not been called.
     for model in (Qwen2VLForConditionalGeneration, Qwen2_5_VLForConditionalGeneration):
         ModelRegistry.register_model(model.__name__, model)
+    vllm.triton_utils.dispatcher.sys = _OwnModules()
     options: dict[str, Any] = {}
     if process_count() > 1:  # each has a whole engine, within the group that the trainer has opened
         options["distributed_executor_backend"] = "external_launcher"
@@ -140,6 +139,14 @@ def start_engine(
         )
     finally:
         torch.set_num_threads = set_num_threads
+
+
+class _OwnModules:
+    """For vLLM's `sys.modules`: on a CPU it looks for its kernels in everything imported, and stops at some of it."""
+
+    @property
+    def modules(self) -> dict[str, Any]:
+        return {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "vllm"}
 
 
 class VLLMPolicy(ChatPolicy):
@@ -221,9 +228,9 @@ class VLLMPolicy(ChatPolicy):
 
         self._adapter = LoRARequest(Path(folder).name, number, str(folder))
 
-    def use_weights(self, model: Any) -> None:
-        """Sample with the weights of a Transformers model of the same architecture from now on."""
-        self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(model.state_dict().items())})
+    def use_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Sample with these weights, all of the model's by their names in the checkpoint, from now on."""
+        self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
         self.engine.llm_engine.reset_encoder_cache()
         self.engine.reset_prefix_cache()
 
@@ -291,71 +298,3 @@ class VLLMPolicy(ChatPolicy):
         if not reason:
             raise RuntimeError(f"{self.name} ended a reply for {sampled.finish_reason} ({sampled.stop_reason!r})")
         return Reply(self._text(ids), tuple(ids), logprobs, context.token_ids, reason)
-
-
-class VLLMSampler:
-    """Called before each rollout of GRPO with the policy under training (`grpo.Sampler`); returns a VLLMPolicy with its
-    weights. The engine starts with the first call, from `checkpoint`, which training started from.
-
-    Raises ConfigError without vLLM, for weights that are spread over several processes, and for an adapter of the
-    vision tower, which vLLM would leave out.
-    """
-
-    def __init__(self, checkpoint: str | Path, corpus: Corpus, settings: RolloutConfig):
-        require_vllm()
-        self.checkpoint, self.corpus, self.settings = checkpoint, corpus, settings
-        self.policy: VLLMPolicy | None = None
-        self._folder = tempfile.TemporaryDirectory(prefix="vrag-adapters-")
-        self._updates = 0
-        self._state: Any = None
-        self._asleep = False
-
-    def __call__(self, agent: TransformersPolicy) -> VLLMPolicy:
-        adapters = getattr(agent.model, "peft_config", {})
-        if self.policy is None:
-            self.policy = self._start(agent, max((adapter.r for adapter in adapters.values()), default=0))
-        if self._asleep:
-            import torch
-
-            torch.cuda.empty_cache()  # what the trainer has freed
-            self.policy.engine.wake_up()
-            self._asleep = False
-        state = weights_state(agent.model.parameters())
-        if state != self._state:
-            self._update(agent.model, bool(adapters))
-            self._state = state
-        return self.policy
-
-    def rest(self) -> None:
-        """Called after each rollout: leave the GPU's memory to the trainer."""
-        if self.policy is not None and self._on_gpu and self.settings.sleep:
-            self.policy.engine.sleep(level=1)
-            self._asleep = True
-
-    def _start(self, agent: TransformersPolicy, lora_rank: int) -> VLLMPolicy:
-        weight = next(agent.model.parameters())
-        if hasattr(weight, "ds_id") or hasattr(weight, "placements"):
-            raise ConfigError("rollout.engine=vllm needs whole weights in each process, not shards of FSDP or ZeRO-3")
-        if any("visual." in name and ".lora_" in name for name, _ in agent.model.named_parameters()):
-            raise ConfigError("rollout.engine=vllm cannot adapt the vision tower; change grpo.lora_targets")
-        self._on_gpu = weight.device.type == "cuda"
-        return VLLMPolicy.from_pretrained(
-            self.checkpoint,
-            self.corpus,
-            self.settings,
-            device=weight.device.type,
-            dtype=str(weight.dtype).removeprefix("torch."),
-            lora_rank=lora_rank,
-            **{name: getattr(agent, name) for name in _LIMITS},
-        )
-
-    def _update(self, model: Any, is_adapter: bool) -> None:
-        if not is_adapter:
-            return self.policy.use_weights(model)
-        old = Path(self._folder.name, f"update_{self._updates}")
-        self._updates += 1
-        new = Path(self._folder.name, f"update_{self._updates}")
-        model.save_pretrained(new, save_embedding_layers=False)
-        self.policy.use_adapter(new, self._updates)
-        shutil.rmtree(old, ignore_errors=True)
-        return None
