@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import training_jobs
 from tiny_agent import (
     ENVIRONMENT,
     QUESTIONS,
@@ -323,8 +324,8 @@ def test_the_engine_rests_after_each_rollout(tmp_path):
     assert events == ["sync", "rest"] * 2
 
 
-def run(checkpoint, folder, sampler, **settings) -> list[dict[str, float]]:
-    """Two steps of GRPO with a reward that differs within groups; the rows of its curves."""
+def train(checkpoint, folder, sampler, **settings) -> None:
+    """Two steps of GRPO with a reward that differs within groups."""
     config = GRPOConfig(
         steps=2,
         questions_per_step=4,
@@ -347,6 +348,15 @@ def run(checkpoint, folder, sampler, **settings) -> list[dict[str, float]]:
         sampler=sampler,
         device="cpu",
     )
+
+
+def run(checkpoint, folder, sampler, **settings) -> list[dict[str, float]]:
+    """`train`; the rows of its curves."""
+    train(checkpoint, folder, sampler, **settings)
+    return read(folder)
+
+
+def read(folder) -> list[dict[str, float]]:
     with (Path(folder) / "metrics.csv").open(newline="") as file:
         return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
 
@@ -521,3 +531,19 @@ def test_two_steps_of_grpo_sample_under_the_trainer_s_own_weights(tmp_path, lora
         assert row["grad_norm"] > 1e-3
         assert row["sampler_gap_max"] < 1e-4
     assert rows[1]["kl"] > 1e-6  # the second rollout was sampled under other weights than the first
+
+
+def train_with_vllm(checkpoint, folder) -> None:
+    torch.set_num_threads(1)
+    config = load_config("laptop", ["rollout.engine=vllm"])
+    train(checkpoint, folder, make_sampler(checkpoint, corpus(), config), lora_rank=4)
+
+
+@pytest.mark.vllm
+def test_two_processes_have_an_engine_each(tmp_path):
+    pytest.importorskip("vllm", reason="run by make test-vllm")
+    processes = training_jobs.start_together(2, train_with_vllm, trained_checkpoint(), tmp_path)
+    assert training_jobs.finish(processes) == [0, 0]
+    rows = read(tmp_path)
+    assert max(row["sampler_gap_max"] for row in rows) < 1e-4
+    assert rows[1]["kl"] > 1e-6
