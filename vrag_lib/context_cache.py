@@ -111,4 +111,9 @@ def row_states(cache: Any, row: int, mask: torch.Tensor) -> torch.Tensor:
     import torch
 
     at = mask.nonzero()[:, 0]
-    return torch.stack([torch.stack([layer.keys[row][:, at], layer.values[row][:, at]]) for layer in cache.layers])
+    heads, _, size = cache.layers[0].keys[row].shape
+    states = cache.layers[0].keys.new_empty(len(cache.layers), 2, heads, len(at), size)
+    for layer, (keys, values) in zip(cache.layers, states, strict=True):
+        torch.index_select(layer.keys[row], 1, at, out=keys)
+        torch.index_select(layer.values[row], 1, at, out=values)
+    return states

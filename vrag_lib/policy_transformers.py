@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from vrag_lib.corpus import Corpus
 
-_PREPARED_IMAGES = 48
+_PREPARED_IMAGES = 192
 """Images kept as patches between calls, at most about 10 MB each at 512 vision tokens: a conversation shows them every
 turn."""
 

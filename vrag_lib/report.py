@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 from vrag_lib.config import Config, provenance
 from vrag_lib.matrix import SEEDS, MatrixError, Outcome, read_rows, states
 from vrag_lib.paper_figures import draw_figures
-from vrag_lib.paper_numbers import SCORE_BEHAVIOUR
-from vrag_lib.paper_tables import TYPES, make_tables, seeds_spread
+from vrag_lib.paper_numbers import ABLATIONS, EFFECTS, PAPER_TABLE_2, PAPER_TABLE_3, SCORE_BEHAVIOUR
+from vrag_lib.paper_tables import METHODS, TYPES, make_tables, seeds_spread
 from vrag_lib.rendering import write_atomically
 
 if TYPE_CHECKING:
@@ -90,6 +90,15 @@ def tables_text(
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def as_markdown(name: str, tables: Mapping[str, pd.DataFrame]) -> str:
+    """One of TEXTS with its intervals; where it has no row yet, the command that runs its cells.
+
+    Raises KeyError for another name.
+    """
+    text, cells = TEXTS[name]
+    return text(tables[name]) or f"Nothing of this is measured yet; `{COMMAND} --cells {' '.join(cells)}` does it."
+
+
 def _page(config: Config) -> str:
     return "REPORT.md" if config.preset == "laptop" else f"REPORT_{config.preset}.md"
 
@@ -126,6 +135,8 @@ def _verdicts(effects: pd.DataFrame) -> str:
 
 def _effects(effects: pd.DataFrame) -> str:
     measured = effects[effects["verdict"] != "not measured"]
+    if measured.empty:
+        return ""
     rows = [
         (
             row.effect + (f" ({row.note})" if row.note else ""),
@@ -194,6 +205,8 @@ def _figure_6(table: pd.DataFrame) -> str:
 
 def _ablations(table: pd.DataFrame) -> str:
     measured = table[table["verdict"] != "not measured"]
+    if measured.empty:
+        return ""
     rows = [
         (
             row.effect + (f" ({row.note})" if row.note else ""),
@@ -271,3 +284,14 @@ def _signed(value: float, low: float, high: float, column: str) -> str:
 
 def _p(value: float) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+TEXTS: dict[str, tuple[Callable[[Any], str], Sequence[str]]] = {
+    "table_1": (_table_1, METHODS),
+    "table_2": (_table_2, tuple(PAPER_TABLE_2)),
+    "table_3": (_table_3, tuple(PAPER_TABLE_3)),
+    "figure_6": (_figure_6, ("vanilla_rag_1", "react", "search_r1", "sft", "sft_rl_search", "vrag_rl")),
+    "effects": (_effects, tuple(dict.fromkeys(cell for e in EFFECTS for cell in (e.a, e.b)))),
+    "ablations": (_ablations, tuple(dict.fromkeys(cell for e in ABLATIONS for cell in (e.a, e.b)))),
+}
+"""Tables as text, and the cells that each is made of."""

@@ -142,20 +142,21 @@ def _advance(
 def _search_together(
     runs: list[_Running], replies: list[Reply], retriever: Retriever, depth: int
 ) -> list[list[Hit] | None]:
-    """The hits of every reply that searches, one call for all of them. If that call fails, None: each environment
-    then searches for itself, so that one bad query cannot end the others' trajectories."""
+    """The hits of every reply that searches, one call for all of them, in which the same words are looked up once. If
+    that call fails, None: each environment then searches for itself, so that one bad query cannot end the others'
+    trajectories."""
     queries = [
         None if reply.error else run.environment.search_query(clean_text(reply.text))
         for run, reply in zip(runs, replies, strict=True)
     ]
-    wanted = [query for query in queries if query is not None]
+    wanted = list(dict.fromkeys(query for query in queries if query is not None))
     if not wanted:
         return [None] * len(runs)
     try:
-        found = iter(retriever.search(wanted, depth))
+        found = dict(zip(wanted, retriever.search(wanted, depth), strict=True))
     except Exception:
         return [None] * len(runs)
-    return [None if query is None else next(found) for query in queries]
+    return [None if query is None else found[query] for query in queries]
 
 
 def _step(run: _Running, reply: Reply, hits: list[Hit] | None, max_sampled_tokens: int | None) -> None:

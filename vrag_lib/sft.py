@@ -149,7 +149,8 @@ def train_sft(
     seed: int = 0,
     device: str = "auto",
 ) -> Path:
-    """Fine-tune a checkpoint and return `folder/final`: a checkpoint, or with LoRA an adapter (see `merge_adapter`).
+    """Fine-tune a checkpoint and return `folder/final`: a checkpoint in the precision of the first, or with LoRA an
+    adapter (see `merge_adapter`).
 
     `folder/metrics.csv` gets a row per step: loss, mean_token_accuracy, entropy, grad_norm, learning_rate and, if there
     is validation data, eval_loss and eval_mean_token_accuracy every `save_steps`. A run that was killed goes on from
@@ -179,6 +180,11 @@ def train_sft(
     trainer.start_run(folder, resume, "fine-tuning")
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     final = Path(folder) / "final"
+    if not config.lora_rank and process_count() == 1:
+        from transformers import AutoConfig
+
+        # Trained in float32, kept in the precision it came in, as the runs that start from it would load it anyway.
+        policy.model.to(AutoConfig.from_pretrained(checkpoint).dtype or policy.model.dtype)
     trainer.save_model(str(final))
     return final
 
