@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import signal
 import subprocess
 import sys
@@ -254,6 +255,21 @@ def test_seeds_of_reinforcement_learning_take_turns_with_cold_starts(tiny, monke
     assert asked(1, "sft") == [("sft", 0), ("sft", 1), ("sft", 2)]
     with pytest.raises(ValueError, match="at least one cold start"):
         Workbench(tiny, 0, 0)
+
+
+def test_a_shipped_cold_start_stands_in_only_where_nothing_differs(tiny, tmp_path, monkeypatch):
+    import vrag_lib.matrix_training as training
+
+    bench, cell = Workbench(tiny, 0), CELLS["sft"]
+    made = json.dumps(bench.sft_settings(bench.raw(), cell, 0))
+    (tmp_path / "settings.json").write_text(made)
+    monkeypatch.setattr(training, "scale_cold_start", lambda: tmp_path)
+    monkeypatch.setattr(bench, "_made", lambda name, *_: name)
+    assert bench.checkpoint(cell, 0) == str(tmp_path)
+    assert bench.checkpoint(cell, 1) == "sft_crop_all_seed_1"
+    assert bench.checkpoint(CELLS["sft_300"], 0) == "sft_crop_300_seed_0"
+    (tmp_path / "settings.json").write_text(made.replace('"replies": "', '"replies": "0'))
+    assert bench.checkpoint(cell, 0) == "sft_crop_all_seed_0"
 
 
 def test_what_cells_without_crop_and_the_format_learn_from(tiny):

@@ -76,10 +76,11 @@ def test_a_policy_that_changes_recorded_tokens_is_caught():
         run(TokenPolicy(SCRIPT, tamper=True), QUESTIONS[:1])
 
 
-def test_searches_of_a_batch_go_to_the_retriever_together():
+def test_searches_of_a_batch_go_to_the_retriever_together_the_same_words_once():
     retriever = FakeRetriever(CORPUS.page_ids)
-    run(ScriptedPolicy(SCRIPT), retriever=retriever, batch_size=5)
-    assert retriever.calls == [["2"] * 5]
+    records = run(ScriptedPolicy(SCRIPT), retriever=retriever, batch_size=5)
+    assert retriever.calls == [["2"]]
+    assert all(record.shown_pages == ("doc_2",) for record in records)
 
 
 def test_seeds_belong_to_trajectory_and_turn_not_to_the_batch():

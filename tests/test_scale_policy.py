@@ -22,7 +22,7 @@ from vrag_lib.geometry import PATCH, Box, Size, View, iou
 from vrag_lib.minidocs_documents import MiniDocsConfig, build_document
 from vrag_lib.scale_characters import BINS, CHARACTERS, SLOTS, draw_character_page
 from vrag_lib.scale_policy import MAX_PIXELS, MIN_PIXELS
-from vrag_lib.scale_tasks import WHERE, PageSamples, draw_samples, page_view, region_view, shown_box
+from vrag_lib.scale_tasks import WHERE, WHO, PageSamples, draw_samples, page_view, region_view, shown_box
 
 torch = pytest.importorskip("torch")
 
@@ -145,7 +145,7 @@ def test_a_conversation_asks_about_its_newest_image(built, conversations):
     assert any(len(sample.later) > 2 for sample in conversations)
     for sample in conversations:
         first = min(sample.images)
-        assert {turn.kind for turn in sample.turns[:first]} <= {"copy", "measure", "about"} and first >= 2
+        assert {turn.kind for turn in sample.turns[:first]} <= {"copy", "measure", "about", "column"} and first >= 2
         shown = None
         for number, turn in enumerate(sample.turns):
             shown = sample.images.get(number, shown)
@@ -161,11 +161,28 @@ def test_a_conversation_asks_about_its_newest_image(built, conversations):
         assert image_of[column] <= last_cells[row]
 
 
+def test_texts_are_asked_for_emblems_and_columns_and_said_by_their_column():
+    drawn = draw_samples(random.Random(5), "train", 20, MiniDocsConfig(), {"language": 0.5, "conversation": 3})
+    turns = [turn for sample in drawn for turn in sample.turns]
+    whom = [turn for turn in turns if turn.question.startswith(WHO)]
+    emblems = [turn for turn in whom if f"the group known as the {turn.answer}" in turn.question]
+    assert emblems and len(emblems) < len(whom) and all(turn.answer in turn.question for turn in whom)
+    columns = {turn.answer: turn.question for turn in turns if turn.kind == "column"}
+    assert set(columns) == {"figure", "change", "share"}
+    assert "change in" in columns["change"] or "set against the year before" in columns["change"]
+    assert "share of" in columns["share"] or "as a part of the whole" in columns["share"]
+    values = [turn for turn in turns if turn.kind.startswith("told")]
+    said = {word: [t for t in values if f"The {word} " in t.saying] for word in ("figure", "change", "share")}
+    assert sum(map(len, said.values())) == len(values) > 0 and said["figure"] and said["change"]
+    assert all(t.answer[0] in "+-" and t.answer[-1] == "%" for t in said["change"])
+    assert all(t.named in t.saying for t in values)
+
+
 def test_what_a_question_says_in_other_words_is_looked_at(built):
     from vrag_lib.scale_reading import ANSWER_TO_NAME, make_batch
 
     tokenizer = built[1].tokenizer
-    drawn = draw_samples(random.Random(4), "train", 3, MiniDocsConfig(), {"language": 2})
+    drawn = draw_samples(random.Random(4), "train", 4, MiniDocsConfig(), {"language": 2})
     echoes = [echo for sample in drawn for turn in sample.turns for echo in turn.echoes]
     said = [words for written, words in echoes if written != words]
     gaze = make_batch(tokenizer, drawn).gaze[ANSWER_TO_NAME]
@@ -419,7 +436,7 @@ def test_a_copied_answer_is_looked_up_in_its_question(built):
     tokenizer = built[1].tokenizer
     drawn = draw_samples(random.Random(4), "train", 6, MiniDocsConfig(), {"language": 2})
     turns = [turn for sample in drawn for turn in sample.turns]
-    assert {turn.kind for turn in turns} == {"copy", "measure", "about"}
+    assert {turn.kind for turn in turns} == {"copy", "measure", "about", "column"}
     assert all(words in turn.question.lower() or words in turn.question for turn in turns for _, words in turn.echoes)
     batch = make_batch(tokenizer, drawn)
     gaze, before = batch.gaze[COPY_TO_NEXT], batch.gaze[TO_BEFORE]

@@ -204,6 +204,22 @@ def test_vision_stays_frozen_and_the_language_model_moves(whole_run):
     assert any("visual" in name for name in before)
 
 
+def test_a_checkpoint_in_half_precision_is_trained_in_full_and_left_in_half(tmp_path):
+    from safetensors.torch import load_file
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    AutoModelForImageTextToText.from_pretrained(random_checkpoint()).half().save_pretrained(tmp_path / "half")
+    AutoProcessor.from_pretrained(random_checkpoint()).save_pretrained(tmp_path / "half")
+    config = SFTConfig(epochs=2, batch_size=2, micro_batch_size=2, learning_rate=1e-5, save_steps=1, warmup_ratio=0)
+    final = train_sft(tmp_path / "half", scripted()[:2], corpus(), config, tmp_path / "run", device="cpu")
+    assert {tensor.dtype for tensor in load_file(final / "model.safetensors").values()} == {torch.float16}
+    (checkpoint,) = sorted((tmp_path / "run").glob("checkpoint-*"))[-1:]
+    states = [load_file(path) for path in checkpoint.glob("*.safetensors")]
+    kept = next(state for state in states if state.keys() == load_file(final / "model.safetensors").keys())
+    rounded = {name: (tensor.half().float() - tensor).abs().max() for name, tensor in kept.items()}
+    assert max(rounded.values()) > 0  # small updates are still there
+
+
 def test_checkpoints_hold_no_pickle_and_a_half_written_one_is_passed_over(whole_run, tmp_path):
     files = [path for path in whole_run[0].rglob("*") if path.is_file()]
     assert {path.suffix for path in files} <= {".safetensors", ".json", ".jinja", ".csv", ".md", ".txt"}

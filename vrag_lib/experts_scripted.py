@@ -51,7 +51,7 @@ class Flaws:
     pointing: float = _doc(0.22, "planner: spread of its boxes' sides, as a share of the box")
     astray: float = _doc(0.35, "planner: boxes that lie somewhere else")
     no_crop: float = _doc(0.10, "planner: figures it does not look closer at, and guesses")
-    needless_crop: float = _doc(0.25, "planner: crops of text that the page shows legibly")
+    needless_crop: float = _doc(0.5, "planner: crops of text that the page shows legibly")
     gives_up: float = _doc(0.03, "planner: answers that something is not answerable after a wrong page")
     malformed: float = _doc(0.02, "planner: replies without a proper action")
     grounding: float = _doc(0.04, "grounding expert: spread of its boxes' sides")

@@ -6,7 +6,8 @@
 Everything lies below `results/<preset>/matrix/`: `data/` trajectories, `checkpoints/` models. A folder says in
 `settings.json` what it depends on, and nothing made with other settings is used in its place. Trainings go on from
 their last checkpoint after a kill. Data are drawn with `config.seed`, trainings with the seed of the cell. Seeds of RL
-after SFT share their cold start, as the paper has one, unless `cold_starts` asks for several; they then take turns.
+after SFT share their cold start, as the paper has one, unless `cold_starts` asks for several; they then take turns. The
+cold start that the repository ships is not trained again where it was made with the same settings from the same data.
 
 Deviations from the paper: see `matrix_cells`. The stage `format`, where there is no SFT, stands in for what an
 instruct model brings along.
@@ -26,7 +27,7 @@ from typing import Any
 
 from vrag_lib.agents import agent_environment
 from vrag_lib.config import Config, ConfigError, read_config, to_dict
-from vrag_lib.factory import scale_policy
+from vrag_lib.factory import scale_cold_start, scale_policy
 from vrag_lib.judge import rule_judge
 from vrag_lib.matrix_cells import Cell, cell_config
 from vrag_lib.policy import Policy
@@ -143,13 +144,27 @@ class Workbench:
             ),
         )
 
+    def sft_settings(self, start: str, cell: Cell, seed: int) -> dict[str, Any]:
+        """What a cold start depends on: where it starts, what it learns from, its settings."""
+        learnt = self.trajectories(cell.data)[: cell.trajectories]
+        return {
+            "start": model_fingerprint(start),
+            "data": cell.data,
+            "trajectories": "all" if cell.trajectories is None else str(cell.trajectories),
+            "replies": hashlib.sha256("\n".join(r.text for t in learnt for r in t.replies).encode()).hexdigest()[:16],
+            "seed": seed,
+            "config": depends_on(self.config, "sft", "synthesis"),
+        }
+
     def _fine_tuned(self, start: str, cell: Cell, seed: int) -> str:
-        count = "all" if cell.trajectories is None else str(cell.trajectories)
-        depends = {"start": model_fingerprint(start), "data": cell.data, "trajectories": count, "seed": seed}
+        settings = self.sft_settings(start, cell, seed)
+        shipped = scale_cold_start()
+        if shipped and read_json(shipped / "settings.json") == json.loads(json.dumps(settings)):
+            return str(shipped)
         config = dataclasses.replace(self.config, seed=seed)
         return self._made(
-            f"sft_{cell.data}_{count}_seed_{seed}",
-            depends | {"config": depends_on(self.config, "sft", "synthesis")},
+            f"sft_{cell.data}_{settings['trajectories']}_seed_{seed}",
+            settings,
             start,
             lambda folder: fine_tune(
                 config,

@@ -31,14 +31,16 @@ TEXT = "Read the text."
 WHERE = "Where is: "
 REPEAT = "Repeat: "
 WHO, WHICH, WHAT = "Whose page is asked for: ", "Which item is asked for: ", "Which measure is asked for: "
-ABOUT = "What is asked for: "
+ABOUT, COLUMN = "What is asked for: ", "Figure, change or share: "
 IT_WHERE, IT_WHAT = ("Where is it?", "Where does the page say it?"), ("What is it?", "Read it.")
-SAY_WHERE = ("The row of {} is here: ", "{} is here: ", "The figure for {} is in this box: ", "See {} here: ")
-SAY_WHAT = ("The figure for {} is ", "It is {}: ", "The row of {} shows ", "For {} the page shows ")
+_CALLED = {"value": "The figure for {}", "change": "The change for {}", "share": "The share of {}"}
+SAY_WHERE = ("{} is here: ", "{} is in this box: ", "{}, here: ")
+SAY_WHAT = ("{} is ", "{}: ", "The page says: {} is ")
 
 _MEASURES = {measure.name: measure for measure in MEASURES}
 _CAPTIONS = {board.title: board.caption for board in (*BOARDS, *FLOWS)}
 _FIGURES = {"value": "figure of", "change": "change in", "share": "share of"}
+_COLUMNS = {"value": "figure", "change": "change", "share": "share"}
 
 
 @dataclass(frozen=True)
@@ -355,16 +357,26 @@ class PageSamples:
         every language model can."""
         return self._sample(self.close_view()[0], [self.text_question() for _ in range(6)])
 
+    def who(self) -> tuple[str, str]:
+        """Whom a question names, its words for them, and what there is to copy: the document's name, or its emblem."""
+        if self.rng.random() < 0.7:
+            return self.document.name, self.document.name
+        emblem = self.document.entity.emblem
+        return f"the group known as the {emblem}", emblem
+
     def text_question(self) -> Asked:
-        """To write a text again, or whom, which item or which measure a question of the benchmark asks for."""
+        """To write a text again, or whom, which item, which measure or which column a question of the benchmark asks
+        for."""
         rng = self.rng
         measure = rng.choice(MEASURES)
-        item, name = rng.choice(measure.dimension.items), self.document.name
+        item, (who, name) = rng.choice(measure.dimension.items), self.who()
         nowhere = Box(0, 0, 1, 1)
         fact = Fact("table", measure.name, item, rng.choice(tuple(_FIGURES)), "", nowhere, nowhere)
-        kind = rng.choice((REPEAT, WHO, WHICH, WHAT, ABOUT))
+        kind = rng.choice((REPEAT, WHO, WHICH, WHAT, ABOUT, COLUMN))
         if kind != REPEAT:
-            wording, question = self.writer.ask(name, fact)
+            wording, question = self.writer.ask(who, fact)
+            if kind == COLUMN:
+                return Asked("column", kind + question, _COLUMNS[fact.column])
             parts = {WHO: (name,), WHICH: (item,), WHAT: (measure.name,), ABOUT: (name, measure.name, item)}[kind]
             return self.echo(kind, question, parts, fact, wording)
         parts = [name, item, measure.name, rng.choice(rng.choice(MEASURES).dimension.items)]
@@ -381,9 +393,11 @@ class PageSamples:
         return Asked(name, kind + question, " ".join(parts), echoes=echoes)
 
     def told(self, asked: Asked, fact: Fact) -> Asked:
-        """The same asked without naming it, after the question was put before: the reply names it."""
+        """The same asked without naming it, after the question was put before: the reply names it, by its column and
+        its item."""
         is_box = asked.kind == "region"
-        saying = self.rng.choice(SAY_WHERE if is_box else SAY_WHAT).format(fact.item)
+        called = _CALLED[fact.column].format(fact.item)
+        saying = self.rng.choice(SAY_WHERE if is_box else SAY_WHAT).format(called)
         return replace(
             asked, kind=asked.kind if is_box else "told " + asked.kind.split()[-1],
             question=self.rng.choice(IT_WHERE if is_box else IT_WHAT), named=fact.item, card=False,
@@ -404,8 +418,9 @@ class PageSamples:
             question, fact = maker.any_question()
             tells = fact.column in _FIGURES and rng.random() < 0.7
             if tells:
-                wording, question = maker.writer.ask(self.document.name, fact)
-                parts = (self.document.name, fact.subject, fact.item)
+                who, name = self.who()
+                wording, question = maker.writer.ask(who, fact)
+                parts = (name, fact.subject, fact.item)
                 turns.append(self.echo(ABOUT, question, parts, fact, wording))
             view = page_view(maker.page)
             if rng.random() < 0.9:

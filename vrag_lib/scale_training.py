@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 READING_MIX = {"whole": 1.0, "several": 0.7, "crop": 2.5, "close": 2.0}
 JOINT_MIX = {"whole": 1.0, "several": 0.7, "crop": 2.5, "close": 0.5}
 COPYING_MIX = {"whole": 0.7, "several": 0.5, "crop": 1.5, "close": 0.5, "language": 3.0}
-CONVERSING_MIX = {"whole": 0.4, "several": 0.2, "crop": 0.5, "close": 0.2, "language": 1.0, "conversation": 2.0}
+CONVERSING_MIX = {"whole": 0.4, "several": 0.2, "crop": 0.8, "close": 0.2, "language": 1.0, "conversation": 2.0}
 MIXES = {"reading": READING_MIX, "joint": JOINT_MIX, "copying": COPYING_MIX, "conversing": CONVERSING_MIX}
 """Samples per page while the language model learns to read, while all is trained, and while it learns to copy and to
 converse."""
