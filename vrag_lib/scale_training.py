@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 READING_MIX = {"whole": 1.0, "several": 0.7, "crop": 2.5, "close": 2.0}
 JOINT_MIX = {"whole": 1.0, "several": 0.7, "crop": 2.5, "close": 0.5}
 COPYING_MIX = {"whole": 0.7, "several": 0.5, "crop": 1.5, "close": 0.5, "language": 3.0}
-CONVERSING_MIX = {"whole": 0.4, "several": 0.2, "crop": 0.8, "close": 0.2, "language": 1.0, "conversation": 2.0}
+CONVERSING_MIX = {"whole": 0.4, "several": 0.2, "crop": 0.7, "close": 0.2, "language": 1.5, "conversation": 1.8}
 MIXES = {"reading": READING_MIX, "joint": JOINT_MIX, "copying": COPYING_MIX, "conversing": CONVERSING_MIX}
 """Samples per page while the language model learns to read, while all is trained, and while it learns to copy and to
 converse."""
@@ -272,17 +272,16 @@ def reading_stage(
 
 STAGES = ("dense", "reading", "joint", "copying", "conversing")
 
-SECONDS_PER_STEP = {"dense": 0.33, "reading": 0.65, "joint": 1.4, "copying": 0.65, "conversing": 1.0}
+SECONDS_PER_STEP = {"dense": 0.33, "reading": 0.65, "joint": 1.4, "copying": 0.65, "conversing": 2.2}
 """Seconds of one step of every stage of the small recipe on one core of a 2024 server with bfloat16 instructions, the
-other core as busy. (An EPYC of 2017 takes some three times as long.) `conversing` is an estimate: it took 2.0 on two
-threads of a 2.5 GHz Xeon without those instructions."""
+other core as busy. (An EPYC of 2017 takes some three times as long.)"""
 
 
 DENSE = Schedule(steps=5600, muon=4e-3, adamw=3e-3)
 READING = Schedule(steps=3900, muon=0, adamw=1.5e-3, decay=0.3)
 JOINT = Schedule(steps=800, muon=5e-4, adamw=1e-3, decay=0.9)
 COPYING = Schedule(steps=1000, muon=0, adamw=7e-4, decay=0.6)
-CONVERSING = Schedule(steps=600, muon=0, adamw=7e-4, decay=0.6)
+CONVERSING = Schedule(steps=900, muon=0, adamw=7e-4, decay=0.6)
 
 
 @dataclass(frozen=True)
@@ -310,7 +309,7 @@ class PolicyTraining:
         keeps its share. The number of steps depends on `hours` alone.
 
         >>> PolicyTraining.of_hours(3).reading.steps
-        6237
+        5179
         """
         whole = cls(seed=seed)
         stages = {name: getattr(whole, name) for name in SECONDS_PER_STEP}
