@@ -65,7 +65,7 @@ def page_text(
         _effects(tables["effects"]),
         *(f"![{name}]({folder}/{name}.png)" for name in ("effects", "table_1") if name in pictures),
         "## Ablations that nobody published",
-        _ablations(tables["ablations"]),
+        _ablations(tables["ablations"]) or "None of them is measured yet.",
         "## How sure",
         _how_sure(tables),
     ]
