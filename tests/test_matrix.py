@@ -206,7 +206,8 @@ def tiny(tmp_path_factory):
     overrides = [
         "policy.kind=transformers", f"policy.model={random_checkpoint()}", "policy.max_reply_tokens=8",
         "sft.epochs=1", "sft.batch_size=8", "sft.micro_batch_size=8", "grpo.steps=1", "grpo.questions_per_step=2",
-        "grpo.group_size=2", "grpo.micro_batch_size=4", "grpo.max_reply_tokens=8", "grpo.lora_rank=4", "environment.max_turns=2",
+        "grpo.group_size=2", "grpo.micro_batch_size=4", "grpo.max_reply_tokens=8", "grpo.lora_rank=4",
+        "environment.max_turns=2",
     ]  # fmt: skip
     return small(tmp_path_factory.mktemp("tiny"), *overrides)
 
