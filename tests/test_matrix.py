@@ -234,7 +234,9 @@ def test_cells_that_are_trained(tiny, monkeypatch):
     assert (made / "vrag_rl_seed_0" / "merged" / "model.safetensors").is_file()
     assert not list(made.glob("*/checkpoint-*"))
     assert [o.state for o in run_matrix(tiny, ["sft", "vrag_rl"], seeds=1, format_trajectories=8)] == ["skipped"] * 2
-    assert run_matrix(tiny, ["sft", "vrag_rl"], seeds=1, format_trajectories=8, first_seed=1) == []
+    assert run_matrix(tiny, ["raw"], seeds=2, format_trajectories=8, first_seed=1) == []  # it has seed 0 alone
+    with pytest.raises(ValueError, match="between 0 and 0, not 1"):
+        run_matrix(tiny, ["sft"], seeds=1, format_trajectories=8, first_seed=1)
     assert set(read_rows(tiny)) == {"vrag_prompted", "sft", "vrag_rl"}
     other = dataclasses.replace(tiny, sft=dataclasses.replace(tiny.sft, learning_rate=1.0))
     with pytest.raises(MatrixError, match=r"sft\.learning_rate=0\.0005 not 1\.0"):

@@ -90,6 +90,18 @@ def conversations() -> list[list[Turn]]:
     ]
 
 
+def test_an_image_is_rendered_once_however_often_it_is_shown(build, monkeypatch):
+    rendered = []
+    render = ImageRef.render
+    monkeypatch.setattr(ImageRef, "render", lambda ref, corpus: rendered.append(ref) or render(ref, corpus))
+    policy = build()
+    shown = [ref for conversation in conversations() for turn in conversation for ref in turn.images]
+    for _ in range(2):
+        policy.generate(conversations(), seeds=range(4))
+        policy._patches.cache_clear()  # of which far fewer are kept
+    assert len(rendered) == len(set(shown)) and set(rendered) == set(shown)
+
+
 def full_forward(policy, corpus, conversation, reply) -> torch.Tensor:
     """Log-probs of the sampled tokens by one forward pass over the whole sequence, through the checkpoint's own
     processor: pixels, 3-D positions and logits owe nothing to the policy's sampling loop."""

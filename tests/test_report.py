@@ -14,7 +14,8 @@ from vrag_lib.config import load_config
 from vrag_lib.matrix import MatrixError, cell_folder
 from vrag_lib.matrix_cells import CELLS
 from vrag_lib.paper_figures import FIGURES, draw_figures
-from vrag_lib.report import write_report
+from vrag_lib.paper_tables import make_tables
+from vrag_lib.report import TEXTS, as_markdown, write_report
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +27,15 @@ def written(tmp_path_factory):
     folder.mkdir(parents=True)
     (folder / "error.txt").write_text("Traceback\nValueError: too long a name\n")
     return config, write_report(config, seeds=2)
+
+
+def test_a_table_as_text_or_the_command_that_measures_it():
+    known, nothing = make_tables(made_up(24, 2)), make_tables(made_up(24, 2, cells=("gold_pages_crop",)))
+    for name, (_, cells) in TEXTS.items():
+        assert "| --- |" in as_markdown(name, known) and "not measured" not in as_markdown(name, known).lower()
+        assert set(cells) <= set(CELLS)
+        if "gold_pages_crop" not in cells:
+            assert as_markdown(name, nothing).endswith(f"`vrag reproduce-paper --cells {' '.join(cells)}` does it.")
 
 
 def test_the_page_says_what_agrees_and_what_is_missing(written):

@@ -345,11 +345,13 @@ def _grpo(commands) -> None:
     def run(arguments) -> None:
         from vrag_lib.grpo_runs import draw_runs, keep_sample
         from vrag_lib.stages import reinforce
+        from vrag_lib.training import is_main_process
 
         config = _read(arguments, experiment=True)
         model = reinforce(config, arguments.checkpoint, seed=arguments.seed)
-        keep_sample(model.parent, config.grpo.group_size)
-        print(f"model  {model}\ncurves {draw_runs(config.folder('grpo'), config.grpo.recipe)}")
+        if is_main_process():
+            keep_sample(model.parent, config.grpo.group_size)
+            print(f"model  {model}\ncurves {draw_runs(config.folder('grpo'), config.grpo.recipe)}")
 
     what = "train the policy by GRPO on the questions that `vrag synthesize` set apart"
     parser = _command(commands, "grpo", run, what, [("checkpoint", "folder of the policy to start from")])

@@ -22,7 +22,7 @@ from vrag_lib.corpus import Question
 from vrag_lib.experts import Located, Pointing
 from vrag_lib.geometry import Box, iou
 from vrag_lib.judge import Judge, rule_judge
-from vrag_lib.minidocs_content import NOT_ANSWERABLE
+from vrag_lib.minidocs_content import FIGURE_NAMES, NOT_ANSWERABLE
 from vrag_lib.policy import Conversation, Reply
 from vrag_lib.policy_extractive import read_question
 from vrag_lib.scale_policy import BOX_STEP
@@ -33,12 +33,7 @@ _READ_AT_ONCE = frozenset({"layout neighbour", "layout next"})
 """Templates whose answer is a heading, legible on the page at its standard size."""
 
 
-_COLUMNS = {
-    "value": "The figure for {}",
-    "change": "The change for {}",
-    "share": "The share of {}",
-    "entry": "The entry of {}",
-}
+_COLUMNS = FIGURE_NAMES | {"entry": "The entry of {}"}
 """What the planner calls a figure, by its column, for an item."""
 
 

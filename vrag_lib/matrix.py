@@ -77,12 +77,14 @@ def run_matrix(
     begin with in turn.
 
     Raises ConfigError for an unknown cell and where there is no policy to start from, ValueError for fewer seeds than
-    one. What happens inside a cell is caught.
+    one or a first seed that is none of them. What happens inside a cell is caught.
     """
     from tqdm import tqdm
 
     if seeds < 1:
         raise ValueError(f"the matrix needs at least one seed, not {seeds}")
+    if not 0 <= first_seed < seeds:
+        raise ValueError(f"the first of {seeds} seeds is between 0 and {seeds - 1}, not {first_seed}")
     wanted = find_cells(cells)
     bench = Workbench(config, format_trajectories, cold_starts)
     if config.policy.kind == "transformers":

@@ -40,6 +40,9 @@ _ANIMALS = _words(
 NOT_ANSWERABLE = "Not answerable"
 """The reference answer of a question that no page of the collection answers."""
 
+FIGURE_NAMES = {"value": "The figure for {}", "change": "The change for {}", "share": "The share of {}"}
+"""What a figure of an item is called, by its column."""
+
 
 @dataclass(frozen=True)
 class Entity:

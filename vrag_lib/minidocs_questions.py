@@ -91,6 +91,15 @@ def build_questions(config: MiniDocsConfig, document: MiniDocument) -> list[Mini
     return questions
 
 
+def known_by(emblem: str) -> str:
+    """What a question calls an entity by its emblem.
+
+    >>> known_by("Silver Heron")
+    'the group known as the Silver Heron'
+    """
+    return f"the group known as the {emblem}"
+
+
 class QuestionWriter:
     """Writes questions on one document."""
 
@@ -183,8 +192,7 @@ class QuestionWriter:
         """Two pages: the cover says whose emblem it is, another page has the figure."""
         cover, known_as = self.cells["cover"][0]
         page, fact = self.figure(self.rng.choice(_ELEMENTS))
-        who = f"the group known as the {known_as.value}"
-        wording, query = self.ask(who, fact)
+        wording, query = self.ask(known_by(known_as.value), fact)
         hops = (f"known as the {known_as.value}", self.query(fact))
         return MiniQuestion("emblem", wording, query, fact.value, ((cover.number, known_as), (page.number, fact)), hops)
 

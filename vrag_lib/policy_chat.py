@@ -21,17 +21,27 @@ the log-probs at temperature 1. For training use top_p=1 and mask the same image
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 from vrag_lib.actions import IMAGE_TOKENS, STOP_STRINGS, cut_reply
 from vrag_lib.geometry import PATCH
 from vrag_lib.policy import Conversation, Reply
 from vrag_lib.trajectory import ImageRef, Turn, clean_text
 
+if TYPE_CHECKING:
+    from vrag_lib.corpus import Corpus
+
 _STOP_WINDOW = 16
 """Newest tokens decoded to look for a stop string: the longest has 9 characters, and a token has at least one byte."""
+
+
+_RENDERED_IMAGES = 512
+"""Images kept as pixels, about 1.2 MB each at 512 vision tokens: a conversation shows them every turn, and a rollout's
+are shown again when it is trained on."""
 
 
 class CheckpointError(ValueError):
@@ -46,11 +56,11 @@ class Context:
     images: tuple[ImageRef, ...]
 
 
-class ChatPolicy:
+class ChatPolicy(ABC):
     """Encodes conversations, reads replies, keeps the limits. A subclass says how images are prepared and samples.
 
     processor: of a Qwen2-VL-type checkpoint. config, generation_config: of its model; for the longest context and the
-    tokens that end a reply.
+    tokens that end a reply. corpus: where image references are rendered from.
     temperature: 0 is greedy. top_p: nucleus, 1 is the whole distribution.
     max_reply_tokens, max_context_tokens: limits in tokens, image tokens counted; the context includes the reply.
     batch_size: conversations sampled together.
@@ -63,6 +73,7 @@ class ChatPolicy:
         processor: Any,
         config: Any,
         generation_config: Any,
+        corpus: Corpus,
         *,
         name: str,
         temperature: float = 1.0,
@@ -83,6 +94,7 @@ class ChatPolicy:
         unit = processor.image_processor.patch_size * processor.image_processor.merge_size
         if unit != PATCH:
             raise CheckpointError(f"{name}: one vision token is {unit} pixels wide, {PATCH} is needed (Qwen2(.5)-VL)")
+        self._render = lru_cache(_RENDERED_IMAGES)(lambda ref: ref.render(corpus))
         self._opening = self._read_opening()
         self._im_end = self._id("<|im_end|>")
         ends = getattr(generation_config, "eos_token_id", None)
@@ -116,13 +128,13 @@ class ChatPolicy:
             replies[i] = reply
         return [reply for reply in replies if reply is not None]
 
+    @abstractmethod
     def _prepare_images(self, context: Context) -> None:
         """Render what the context shows, and remember it. Raises whatever a broken page file may cause."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _sample_contexts(self, contexts: list[Context], seeds: list[int]) -> list[Reply]:
         """One reply per context, in order; every context has room for a token."""
-        raise NotImplementedError
 
     def reply_limit(self, context: Context) -> int:
         """Tokens that a reply to this context may have."""

@@ -27,9 +27,6 @@ _PREPARED_IMAGES = 192
 """Images kept as patches between calls, at most about 10 MB each at 512 vision tokens: a conversation shows them every
 turn."""
 
-_RENDERED_IMAGES = 384
-"""Images kept as pixels, about 1.2 MB each at 512 vision tokens: a rollout's are shown again when it is trained on."""
-
 
 class TransformersPolicy(ChatPolicy):
     """Samples replies from a Qwen2-VL-type model in left-padded batches with a key-value cache, which the next turn of
@@ -38,21 +35,21 @@ class TransformersPolicy(ChatPolicy):
     With seeds, a reply depends on its conversation and seed alone: every row draws from a generator of its own. In
     float32 the rest of the batch moves log-probs by rounding only (1e-6); in bfloat16 rounding can change a token.
 
-    corpus: where image references are rendered from. limits: those of `ChatPolicy`; on a full GPU a batch is halved
+    corpus, limits: those of `ChatPolicy`; on a full GPU a batch is halved
     and tried again.
 
     Raises CheckpointError when the processor's chat template or image patches are not Qwen2-VL's.
     """
 
     def __init__(self, model: Any, processor: Any, corpus: Corpus, *, name: str = "transformers", **limits: Any):
-        super().__init__(processor, model.config, model.generation_config, name=name, **limits)
+        super().__init__(processor, model.config, model.generation_config, corpus, name=name, **limits)
         self.model = model
         self._rope = next((m for m in model.modules() if hasattr(m, "get_rope_index")), None)
         if self._rope is None:
             raise CheckpointError(f"{name}: {type(model).__name__} has no multimodal positions; use Qwen2(.5)-VL")
         self.vision_cache = remember_features(model)
         self.context_cache = ContextCache(model)
-        self._patches = lru_cache(_PREPARED_IMAGES)(lambda ref: self._prepare_image(ref.render(corpus)))
+        self._patches = lru_cache(_PREPARED_IMAGES)(lambda ref: self._prepare_image(self._render(ref)))
 
     @classmethod
     def from_pretrained(

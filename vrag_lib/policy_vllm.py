@@ -22,7 +22,6 @@ import importlib.util
 import os
 import sys
 from collections.abc import Iterable
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,9 +42,6 @@ MAX_IMAGES = 32
 
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks that vLLM's kernels are made for; an adapter runs in the next larger one."""
-
-_RENDERED_IMAGES = 512
-"""Images kept as pixels between calls, about 1 MB each at 512 vision tokens."""
 
 _BANNED = -100.0
 """Added to the logits of image tokens, the most that vLLM allows: e^-100 of their probability is left."""
@@ -153,8 +149,7 @@ class VLLMPolicy(ChatPolicy):
     """Samples replies with a vLLM engine.
 
     With seeds, a reply depends on its conversation and seed alone, up to rounding. engine: a `vllm.LLM` of the same
-    checkpoint as `processor`, `config` and `generation_config`. corpus: where image references are rendered from.
-    limits: those of `ChatPolicy`.
+    checkpoint as `processor`, `config` and `generation_config`. corpus, limits: those of `ChatPolicy`.
     """
 
     def __init__(
@@ -168,10 +163,9 @@ class VLLMPolicy(ChatPolicy):
         name: str = "vllm",
         **limits: Any,
     ):
-        super().__init__(processor, config, generation_config, name=name, **limits)
+        super().__init__(processor, config, generation_config, corpus, name=name, **limits)
         self.engine = engine
         self._adapter: Any = None
-        self._render = lru_cache(_RENDERED_IMAGES)(lambda ref: ref.render(corpus))
 
     @classmethod
     def from_pretrained(

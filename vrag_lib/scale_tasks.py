@@ -18,10 +18,10 @@ from PIL import Image
 from vrag_lib.actions import format_box
 from vrag_lib.geometry import PATCH, Box, Size, View, render
 from vrag_lib.minidocs_canvas import text_width, union
-from vrag_lib.minidocs_content import BOARDS, FLOWS, MEASURES, SHORT_MONTHS
+from vrag_lib.minidocs_content import BOARDS, FIGURE_NAMES, FLOWS, MEASURES, SHORT_MONTHS
 from vrag_lib.minidocs_documents import MiniDocsConfig, MiniDocument, MiniPage, build_document
 from vrag_lib.minidocs_pages import Fact
-from vrag_lib.minidocs_questions import QuestionWriter
+from vrag_lib.minidocs_questions import QuestionWriter, known_by
 from vrag_lib.scale_policy import BOX_STEP, MAX_PIXELS, MIN_PIXELS
 
 TITLE = "What is the title of this page?"
@@ -33,7 +33,6 @@ REPEAT = "Repeat: "
 WHO, WHICH, WHAT = "Whose page is asked for: ", "Which item is asked for: ", "Which measure is asked for: "
 ABOUT, COLUMN = "What is asked for: ", "Figure, change or share: "
 IT_WHERE, IT_WHAT = ("Where is it?", "Where does the page say it?"), ("What is it?", "Read it.")
-_CALLED = {"value": "The figure for {}", "change": "The change for {}", "share": "The share of {}"}
 SAY_WHERE = ("{} is here: ", "{} is in this box: ", "{}, here: ")
 SAY_WHAT = ("{} is ", "{}: ", "The page says: {} is ")
 
@@ -362,7 +361,7 @@ class PageSamples:
         if self.rng.random() < 0.7:
             return self.document.name, self.document.name
         emblem = self.document.entity.emblem
-        return f"the group known as the {emblem}", emblem
+        return known_by(emblem), emblem
 
     def text_question(self) -> Asked:
         """To write a text again, or whom, which item, which measure or which column a question of the benchmark asks
@@ -396,7 +395,7 @@ class PageSamples:
         """The same asked without naming it, after the question was put before: the reply names it, by its column and
         its item."""
         is_box = asked.kind == "region"
-        called = _CALLED[fact.column].format(fact.item)
+        called = FIGURE_NAMES[fact.column].format(fact.item)
         saying = self.rng.choice(SAY_WHERE if is_box else SAY_WHAT).format(called)
         return replace(
             asked, kind=asked.kind if is_box else "told " + asked.kind.split()[-1],

@@ -274,7 +274,8 @@ STAGES = ("dense", "reading", "joint", "copying", "conversing")
 
 SECONDS_PER_STEP = {"dense": 0.33, "reading": 0.65, "joint": 1.4, "copying": 0.65, "conversing": 2.2}
 """Seconds of one step of every stage of the small recipe on one core of a 2024 server with bfloat16 instructions, the
-other core as busy. (An EPYC of 2017 takes some three times as long.)"""
+other core as busy. (An EPYC of 2017 takes some three times as long.) `conversing` was timed on one of two hardware
+threads of such a core, the other busy."""
 
 
 DENSE = Schedule(steps=5600, muon=4e-3, adamw=3e-3)

@@ -149,8 +149,8 @@ def train_sft(
     seed: int = 0,
     device: str = "auto",
 ) -> Path:
-    """Fine-tune a checkpoint and return `folder/final`: a checkpoint in the precision of the first, or with LoRA an
-    adapter (see `merge_adapter`).
+    """Fine-tune a checkpoint and return `folder/final`: a checkpoint in the precision of the first (by several
+    processes: as trained), or with LoRA an adapter (see `merge_adapter`).
 
     `folder/metrics.csv` gets a row per step: loss, mean_token_accuracy, entropy, grad_norm, learning_rate and, if there
     is validation data, eval_loss and eval_mean_token_accuracy every `save_steps`. A run that was killed goes on from

@@ -32,6 +32,11 @@ def process_count() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def is_main_process() -> bool:
+    """Whether this process writes what all of them share: the first one under a launcher, any without."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def lora_config(rank: int, alpha: int, targets: str = LORA_TARGETS) -> Any:
     """A PEFT LoraConfig without dropout, so that sampling and training see the same model; None for rank 0 (full)."""
     if rank == 0:
