@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import csv
 import dataclasses
 import json
 import signal
@@ -75,15 +74,6 @@ def make_trainer(folder, **settings) -> AgentGRPOTrainer:
 @pytest.fixture(scope="module")
 def trainer(tmp_path_factory):
     return make_trainer(tmp_path_factory.mktemp("trainer"), kl_coefficient=0.1, temperature=0.7)
-
-
-def read(folder) -> list[dict[str, str]]:
-    """Rows of the curves, without what a clock measured."""
-    with (folder / "metrics.csv").open(newline="") as file:
-        return [
-            {k: v for k, v in row.items() if not k.startswith(("seconds", "tokens_per", "step_time"))}
-            for row in csv.DictReader(file)
-        ]
 
 
 # What is trained is what was sampled.
@@ -308,7 +298,7 @@ def test_a_hostile_policy_cannot_break_a_step(tmp_path):
         sampler=lambda policy: Uncensored(policy, max_context_tokens=420),
         device="cpu",
     )
-    rows = read(tmp_path)
+    rows = training_jobs.curves(tmp_path)
     assert [row["step"] for row in rows] == ["1", "2"]
     assert [row["rollout"] for row in rows] == ["1", ""]
     for row in rows:
@@ -378,7 +368,10 @@ def golden_run(folder) -> list[dict[str, float]]:
         seed=1,
         device="cpu",
     )
-    return [{name: float(row[name]) for name in ("loss", "grad_norm", "kl", "entropy")} for row in read(folder)]
+    return [
+        {name: float(row[name]) for name in ("loss", "grad_norm", "kl", "entropy")}
+        for row in training_jobs.curves(folder)
+    ]
 
 
 def test_twenty_steps_give_the_golden_numbers(tmp_path):
@@ -401,7 +394,7 @@ def whole_run():
 
 def test_a_run_learns_from_images_that_entered_in_mid_trajectory(whole_run):
     folder = whole_run[0]
-    rows = read(folder)
+    rows = training_jobs.curves(folder)
     assert [row["step"] for row in rows] == ["1", "2", "3"]
     assert all(float(row["sampler_gap_max"]) < 1e-4 for row in rows)
     assert any(float(row["images"]) > 0 for row in rows)
@@ -416,17 +409,17 @@ def test_killed_and_resumed_ends_as_if_it_had_never_stopped(whole_run):
     folder = scratch() / "grpo-killed"
     process = training_jobs.start(training_jobs.run_grpo, trained_checkpoint(), folder, die_at_rollout=3)
     assert training_jobs.finish([process]) == [-signal.SIGKILL]
-    assert [row["step"] for row in read(folder)] == ["1", "2"]
+    assert [row["step"] for row in training_jobs.curves(folder)] == ["1", "2"]
     resumed = training_jobs.run_grpo(trained_checkpoint(), folder)
-    assert read(folder) == read(whole_run[0])
+    assert training_jobs.curves(folder) == training_jobs.curves(whole_run[0])
     name = "adapter_model.safetensors"
     assert (resumed / name).read_bytes() == (whole_run[1] / name).read_bytes()
 
 
 def test_a_finished_run_is_not_run_again(whole_run):
-    before = read(whole_run[0])
+    before = training_jobs.curves(whole_run[0])
     assert training_jobs.run_grpo(trained_checkpoint(), whole_run[0], die_at_rollout=1) == whole_run[1]
-    assert read(whole_run[0]) == before
+    assert training_jobs.curves(whole_run[0]) == before
 
 
 def test_all_weights_can_be_trained_against_a_frozen_copy(tmp_path):
@@ -444,7 +437,7 @@ def test_all_weights_can_be_trained_against_a_frozen_copy(tmp_path):
         sampler=lambda policy: ForcedPolicy(policy, by_question),
         device="cpu",
     )
-    rows = read(tmp_path)
+    rows = training_jobs.curves(tmp_path)
     assert abs(float(rows[0]["kl"])) < 1e-6
     assert float(rows[1]["kl"]) > 1e-6
     before, after = (load_file(folder / "model.safetensors") for folder in (random_checkpoint(), final))
@@ -457,8 +450,8 @@ def test_two_processes_equal_one(whole_run):
     folder = scratch() / "grpo-two"
     processes = training_jobs.start_together(2, training_jobs.run_grpo, trained_checkpoint(), folder, steps=2)
     assert training_jobs.finish(processes) == [0, 0]
-    alone = read(whole_run[0])[:2]
-    for row, expected in zip(read(folder), alone, strict=True):
+    alone = training_jobs.curves(whole_run[0])[:2]
+    for row, expected in zip(training_jobs.curves(folder), alone, strict=True):
         assert row.keys() == expected.keys()
         for name in set(row) - {"sampler_gap", "sampler_gap_max", "epoch"}:
             assert float(row[name]) == pytest.approx(float(expected[name]), rel=1e-3, abs=1e-5), name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import multiprocessing
 import os
 import signal
@@ -30,6 +31,15 @@ GRPO = {
     "rollout_batch_size": 8,
     "save_steps": 2,
 }
+
+
+def curves(folder: Path) -> list[dict[str, str]]:
+    """Rows of a run's curves, without what a clock measured."""
+    with (folder / "metrics.csv").open(newline="") as file:
+        return [
+            {k: v for k, v in row.items() if not k.startswith(("seconds", "tokens_per", "step_time"))}
+            for row in csv.DictReader(file)
+        ]
 
 
 def die(*_: Any) -> None:
@@ -104,6 +114,23 @@ def finish(processes: Sequence[multiprocessing.Process], seconds: float = 240) -
         process.kill()
         process.join()
     return codes
+
+
+def run_sharded(target: Callable[..., Any], *arguments: Any, **settings: Any) -> None:
+    """`target` with weights shared out over the processes as `launch/fsdp.yaml` says. Accelerate does that on GPUs
+    alone, so it is told that these processors are some."""
+    import torch
+    import yaml
+    from accelerate.state import DistributedType, PartialState
+
+    torch.distributed.init_process_group("gloo")
+    PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
+    PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
+    asked = yaml.safe_load((Path(__file__).parent.parent / "launch" / "fsdp.yaml").read_text())["fsdp_config"]
+    os.environ |= {"ACCELERATE_USE_FSDP": "true"} | {
+        name.upper().replace("LAYER_CLS", "CLS"): str(value) for name, value in asked.items()
+    }
+    target(*arguments, **settings)
 
 
 def start_together(count: int, target: Callable[..., Any], *arguments: Any, **settings: Any) -> list[Any]:

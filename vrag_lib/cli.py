@@ -413,10 +413,18 @@ def _evaluate(commands) -> None:
 
 def _config(commands) -> None:
     def run(arguments) -> None:
-        print(describe(_read(arguments, experiment=arguments.experiment)))
+        config = _read(arguments, experiment=arguments.experiment)
+        if arguments.memory:
+            from vrag_lib.memory import expected_memory
+
+            print(expected_memory(config, arguments.memory, arguments.shards))
+        else:
+            print(describe(config))
 
     parser = _command(commands, "config", run, "print every setting of a preset with its meaning")
     parser.add_argument("--experiment", action="store_true", help="as the stages of the paper's experiment use it")
+    parser.add_argument("--memory", choices=("sft", "grpo"), help="print the card memory that training should take")
+    parser.add_argument("--shards", type=int, default=1, help="cards that share out the weights (launch/fsdp.yaml)")
 
 
 def _reproduce(commands) -> None:

@@ -43,6 +43,7 @@ from vrag_lib.policy import Conversation, Policy, Reply
 from vrag_lib.policy_transformers import TransformersPolicy
 from vrag_lib.retrieval import Retriever
 from vrag_lib.rollout import rollout
+from vrag_lib.sharding import whole_weights
 from vrag_lib.torch_setup import ensure_torchvision
 from vrag_lib.training import RunFolder, freeze_vision, lora_config, process_count
 from vrag_lib.training_batch import Example, UntrainableError, batched, empty_example, example_of, token_logprobs
@@ -164,15 +165,13 @@ class AgentGRPOTrainer(RunFolder, trl.GRPOTrainer):
     def _collect(self, question_indices: list[int]) -> list[list[Item]]:
         """Rollout, rewards, advantages and fixed log-probs of this process's rows, cut into micro-batches."""
         step = self.state.global_step // (self.config.updates_per_step * self.config.iterations)
-        own, everyone = self._sample(question_indices, step)
-        items, reasons = self._items(own, everyone)
-        start = time.perf_counter()
-        self._fix_logprobs(items)
-        self._row |= {
-            "rollout": step + 1,
-            **rollout_metrics(everyone, self.config.group_size),
-            "seconds_logprobs": time.perf_counter() - start,
-        }
+        with whole_weights(self.model, self.ref_model):
+            own, everyone = self._sample(question_indices, step)
+            items, reasons = self._items(own, everyone)
+            start = time.perf_counter()
+            self._fix_logprobs(items)
+            self._row["seconds_logprobs"] = time.perf_counter() - start
+        self._row |= {"rollout": step + 1, **rollout_metrics(everyone, self.config.group_size)}
         self._row |= {f"untrained_{name}": float(count) for name, count in reasons.items()}
         if self.is_world_process_zero():
             write_trajectories(everyone, self.folder / "trajectories" / f"step_{step + 1:05d}.parquet")

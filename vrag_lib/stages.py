@@ -200,7 +200,9 @@ def fine_tune(
     checkpoint, data, folder: start from another model, learn from other trajectories, write elsewhere.
     """
     from vrag_lib.sft import train_sft
+    from vrag_lib.training import use_own_card
 
+    use_own_card()
     model = checkpoint or config.policy.model or scale_policy()
     if not model:
         raise ConfigError("fine-tuning needs policy.model=, a path or hub id of a Qwen2-VL-type model")
@@ -259,7 +261,9 @@ def reinforce(
     """
     from vrag_lib.grpo import train_grpo
     from vrag_lib.rewards import RECIPES, score
+    from vrag_lib.training import use_own_card
 
+    use_own_card()
     if config.grpo.recipe not in RECIPES:
         raise ConfigError(f"grpo.recipe is one of {', '.join(RECIPES)}, not {config.grpo.recipe!r}")
     train = train or collection(config, "train")

@@ -37,6 +37,14 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def use_own_card() -> None:
+    """Under a launcher, let `cuda` mean this process's own card: else all would load their models on the first."""
+    import torch
+
+    if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+
+
 def lora_config(rank: int, alpha: int, targets: str = LORA_TARGETS) -> Any:
     """A PEFT LoraConfig without dropout, so that sampling and training see the same model; None for rank 0 (full)."""
     if rank == 0:

@@ -2,7 +2,8 @@
 
 Before each rollout the engine gets the LoRA adapter, as a folder of its own per update, or all weights, in memory; with
 `rollout.merge_adapter` the adapter's share is added to them on the way. On a GPU its memory is the trainer's between
-rollouts. Under `accelerate launch` each process has an engine; weights have to be whole in each (DDP).
+rollouts. Under `accelerate launch` each process has an engine; weights have to be whole in each, which under FSDP 2
+`sharding.whole_weights` sees to.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _LIMITS = ("temperature", "top_p", "max_reply_tokens", "max_context_tokens", "ba
 
 def merged_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """Names and values of a model's weights as in its checkpoint, a LoRA adapter's share added; the model keeps its."""
-    for name, value in model.state_dict().items():
+    for name, value in _weights(model).items():
         if ".lora_" in name:
             continue
         layer, is_adapted, _ = name.rpartition(".base_layer.weight")
@@ -36,6 +37,11 @@ def merged_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
             adapted = model.get_submodule(layer)
             value = value + adapted.get_delta_weight(adapted.active_adapters[0]).detach()
         yield name.removeprefix("base_model.model.").replace(".base_layer.", "."), value
+
+
+def _weights(model: Any) -> dict[str, torch.Tensor]:
+    """As `state_dict`, which under FSDP would give shards even while the weights are whole."""
+    return {name: value.detach() for name, value in model.named_parameters(remove_duplicate=False)}
 
 
 class VLLMSampler:
@@ -83,7 +89,7 @@ class VLLMSampler:
     def _start(self, agent: TransformersPolicy) -> VLLMPolicy:
         weight = next(agent.model.parameters())
         if hasattr(weight, "ds_id") or hasattr(weight, "placements"):
-            raise ConfigError("rollout.engine=vllm needs whole weights in each process, not shards of FSDP or ZeRO-3")
+            raise ConfigError("rollout.engine=vllm needs whole weights in each process, not shards")
         adapters = self._adapters(agent.model)
         if adapters and any("visual." in name and ".lora_" in name for name, _ in agent.model.named_parameters()):
             raise ConfigError("vLLM cannot adapt the vision tower: change grpo.lora_targets or rollout.merge_adapter")
@@ -104,7 +110,7 @@ class VLLMSampler:
         old = Path(self._folder.name, f"update_{self._updates}")
         self._updates += 1
         new = Path(self._folder.name, f"update_{self._updates}")
-        model.save_pretrained(new, save_embedding_layers=False)
+        model.save_pretrained(new, state_dict=_weights(model), save_embedding_layers=False)
         self.policy.use_adapter(new, self._updates)
         shutil.rmtree(old, ignore_errors=True)
         return None

@@ -1,0 +1,58 @@
+"""Expected memory: the parameters are those of the published models, the parts add up, and settings move them."""
+
+from __future__ import annotations
+
+import pytest
+
+from vrag_lib.cli import main
+from vrag_lib.config import ConfigError, load_config
+from vrag_lib.memory import GIB, expected_memory
+
+pytest.importorskip("torch")
+
+
+@pytest.mark.parametrize(("preset", "billions"), [("gpu_3b", 3.75), ("gpu_7b", 8.29)])
+def test_weights_are_those_of_the_published_model_in_bfloat16(preset, billions):
+    assert expected_memory(load_config(preset)).held["weights"] / 2e9 == pytest.approx(billions, abs=0.01)
+
+
+def test_the_3b_fits_a_card_of_24_gb_and_the_7b_one_of_48():
+    for preset, card in (("gpu_3b", 24), ("gpu_7b", 48)):
+        config = load_config(preset)
+        memory = expected_memory(config)
+        engine = config.rollout.gpu_memory_utilization * card * GIB
+        assert memory.peak < 0.9 * card * GIB
+        assert sum(memory.held.values()) + engine < 0.9 * card * GIB
+        assert engine > memory.held["weights"]  # the engine holds a copy of them
+
+
+def test_all_weights_of_the_7b_need_shards():
+    config = load_config("paper")
+    assert expected_memory(config).peak > 80 * GIB > expected_memory(config, shards=8).peak
+    held, shared = expected_memory(config).held, expected_memory(config, shards=8).held
+    assert held.keys() == shared.keys() == {"weights", "gradients and AdamW", "reference"}
+    assert all(shared[part] == held[part] // 8 for part in held)
+
+
+def test_settings_move_what_they_should():
+    base = expected_memory(load_config("gpu_3b"))
+    longer = expected_memory(load_config("gpu_3b", ["grpo.max_context_tokens=20480"]))
+    assert longer.update["logits"] == 2 * base.update["logits"]
+    assert longer.held == base.held
+    kept = expected_memory(load_config("gpu_3b", ["grpo.gradient_checkpointing=false"]))
+    assert kept.update["activations"] > 5 * base.update["activations"]
+    sampled_here = expected_memory(load_config("gpu_3b", ["rollout.engine=transformers"]))
+    # 36 layers of keys and values, two heads of 128, two bytes, for 16 contexts of 10,240 tokens
+    assert sampled_here.rollout["keys and values"] == 36 * 2 * 2 * 128 * 2 * 16 * 10_240
+    assert "reference" not in expected_memory(load_config("paper", ["grpo.kl_coefficient=0"])).held
+
+
+def test_what_is_unknown_is_named(capsys):
+    with pytest.raises(ConfigError, match=r"Qwen2\.5-VL-72B"):
+        expected_memory(load_config("gpu_7b", ["policy.model=Qwen/Qwen2.5-VL-72B-Instruct"]))
+    with pytest.raises(ValueError, match="'rl'"):
+        expected_memory(load_config("gpu_7b"), "rl")
+    with pytest.raises(ValueError, match="not on 0"):
+        expected_memory(load_config("gpu_7b"), shards=0)
+    assert main(["config", "--preset", "gpu_3b", "--memory", "grpo"]) == 0
+    assert "expected at the peak, on each card; not measured" in capsys.readouterr().out
