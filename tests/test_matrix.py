@@ -233,6 +233,9 @@ def test_cells_that_are_trained(tiny, monkeypatch):
     made = tiny.folder("matrix") / "checkpoints"
     assert (made / "vrag_rl_seed_0" / "merged" / "model.safetensors").is_file()
     assert not list(made.glob("*/checkpoint-*"))
+    kept = tiny.folder("matrix") / "vrag_rl" / "seed_0"
+    assert (kept / "metrics.csv").read_bytes() == (made / "vrag_rl_seed_0" / "metrics.csv").read_bytes()
+    assert len(read_trajectories(kept / "sample_trajectories.parquet")) == 4  # the only rollout
     assert [o.state for o in run_matrix(tiny, ["sft", "vrag_rl"], seeds=1, format_trajectories=8)] == ["skipped"] * 2
     assert run_matrix(tiny, ["raw"], seeds=2, format_trajectories=8, first_seed=1) == []  # it has seed 0 alone
     with pytest.raises(ValueError, match="between 0 and 0, not 1"):

@@ -5,8 +5,8 @@
 
 A cell's results lie in `results/<preset>/matrix/<cell>/seed_<n>/`: `questions.parquet`, a row per question, and
 `settings.json`, what they depend on, and `cell.json` with provenance and seconds, written last: a cell that has it is
-finished and is skipped. A cell that was killed goes on; one that fails leaves `error.txt`, is named, and does not stop
-the others.
+finished and is skipped. After RL its curves, `metrics.csv`, lie there too, with a sample of trajectories.
+A cell that was killed goes on; one that fails leaves `error.txt`, is named, and does not stop the others.
 
 All seeds of the cheap cells would be of no use without the dear ones: seed 0 of every cell comes first, then seed 1,
 and so on, so that whatever has been run can be compared. Evaluation is greedy, as in the released code's validation, on
@@ -128,6 +128,8 @@ def run_cell(bench: Workbench, cell: Cell, seed: int) -> str:
     began = time.monotonic()
     if config.policy.kind == "transformers":
         config = replace(config, policy=replace(config.policy, model=bench.checkpoint(cell, seed)))
+        if "grpo" in cell.chain:
+            _keep_curves(bench.training_folder(cell, seed), folder, config.grpo.group_size)
     elif cell.trained:
         raise MatrixError(f"{cell.name} is trained, which a policy of kind {config.policy.kind} cannot be")
     trained = time.monotonic()
@@ -155,6 +157,14 @@ def run_cell(bench: Workbench, cell: Cell, seed: int) -> str:
     }
     write_atomically(folder / "cell.json", (json.dumps(record, indent=1) + "\n").encode())
     return "finished"
+
+
+def _keep_curves(run: Path, folder: Path, group_size: int) -> None:
+    """A checkpoint can be made again and is not kept for good; how it came about is."""
+    from vrag_lib.grpo_runs import keep_sample
+
+    for file in (run / "metrics.csv", keep_sample(run, group_size)):
+        write_atomically(folder / file.name, file.read_bytes())
 
 
 def _settings(bench: Workbench, cell: Cell, config: Config, seed: int) -> dict:

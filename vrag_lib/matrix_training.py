@@ -120,6 +120,10 @@ class Workbench:
             model = self._reinforced(model, cell, seed)
         return model
 
+    def training_folder(self, cell: Cell, seed: int) -> Path:
+        """Where a cell is trained by RL, for those that are."""
+        return self.folder / "checkpoints" / f"{cell.name}_seed_{seed}"
+
     def raw(self) -> str:
         """The policy before any stage. Raises ConfigError where there is none."""
         model = self.config.policy.model or scale_policy()
@@ -180,7 +184,7 @@ class Workbench:
         config = cell_config(cell, self.config)
         depends = {"start": model_fingerprint(start), "seed": seed}
         return self._made(
-            f"{cell.name}_seed_{seed}",
+            self.training_folder(cell, seed).name,
             depends | {"config": depends_on(config, "grpo", "environment", "retrieval", "synthesis")},
             start,
             lambda folder: reinforce(config, start, self.train, folder=folder, seed=seed),
