@@ -90,7 +90,7 @@ def test_a_difference_is_counted_and_shown(taught, monkeypatch):
 
 def test_without_a_model_the_scale_policy_is_taught_a_script(tmp_path, monkeypatch):
     seen = {}
-    monkeypatch.setattr(bench_rollout, "scale_policy", lambda: None)
+    monkeypatch.setattr(bench_rollout, "scale_cold_start", lambda: None)
     monkeypatch.setattr(bench_agent, "collection", lambda config, split: Collection(QUESTIONS, corpus(), retriever))
     monkeypatch.setattr(bench_rollout, "random_scale_policy", lambda folder, seed: random_checkpoint())
     teach = bench_rollout.taught_policy

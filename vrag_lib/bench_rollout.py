@@ -10,9 +10,9 @@ or counts as a difference: no trajectory ends by a streak of invalid replies.
 Greedily the trajectories of a group are alike. That favours ours, which looks at each image once, more than sampling
 would where a group sees other pages; and it favours stock TRL, whose batches wait for their longest reply.
 
-No trained policy is shipped yet. Without a model the scale policy gets random weights and learns one script by heart,
-for a minute, so that its greedy replies search, enlarge, search again and answer, with all replies of a turn equally
-long.
+Without a model the cold start that is shipped is timed; where there is none, the scale policy gets random weights and
+learns one script by heart, for a minute, so that its greedy replies search, enlarge, search again and answer, with all
+replies of a turn equally long.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from vrag_lib.bench_agent import (
 from vrag_lib.bench_trl import stock_model, stock_trainer
 from vrag_lib.config import Config, EnvironmentConfig, PolicyConfig, SFTConfig
 from vrag_lib.corpus import Corpus, Question
-from vrag_lib.factory import scale_policy
+from vrag_lib.factory import scale_cold_start
 from vrag_lib.policy import ScriptedPolicy
 from vrag_lib.policy_transformers import TransformersPolicy
 from vrag_lib.retrieval import Retriever
@@ -78,12 +78,12 @@ class Rolled:
 def run_bench_rollout(
     config: Config, model: str | None, questions: int, group: int, repeats: int, out_dir: str | Path
 ) -> pd.DataFrame:
-    """`bench_rollout` on questions of MiniDocs' test split. model: a checkpoint; without one the scale policy that is
-    shipped, and where there is none one that is taught `SCRIPT`."""
+    """`bench_rollout` on questions of MiniDocs' test split. model: a checkpoint; without one the cold start that is
+    shipped, and where there is none a policy that is taught `SCRIPT`."""
     test, chosen = minidocs_questions(config, questions, group, repeats)
     with tempfile.TemporaryDirectory(prefix="vrag-bench-") as folder:
-        checkpoint = model or scale_policy()
-        name = str(model or "the shipped scale policy")
+        checkpoint = model or scale_cold_start()
+        name = str(model or "the shipped cold start")
         if checkpoint is None:
             checkpoint = taught_policy(chosen, test.corpus, test.retriever, config, Path(folder))
             name = "scale policy, random weights, taught one script"

@@ -219,7 +219,7 @@ def _bench(commands) -> None:
     update_text = "time one GRPO update against stock TRL's on the same trajectories, and compare loss and gradient"
     for name, what in (("rollout", rollout_text), ("update", update_text)):
         parser = _command(kinds, name, against_trl, what)
-        parser.add_argument("--model", help="checkpoint (default: the shipped scale policy, or one of random weights)")
+        parser.add_argument("--model", help="checkpoint (default: the shipped one, or one of random weights)")
         parser.add_argument("--questions", type=int, default=4, help="questions of MiniDocs (default: %(default)s)")
         parser.add_argument("--group", type=int, default=4, help="trajectories per question (default: %(default)s)")
         parser.add_argument("--repeats", type=int, default=3, help="turns that are counted (default: %(default)s)")
