@@ -310,8 +310,9 @@ EXPERIMENTS: dict[str, Config] = PRESETS | {
             warmup_ratio=0.05,
         ),
         grpo=GRPOConfig(
-            questions_per_step=16, micro_batch_size=8, max_reply_tokens=96, max_context_tokens=2048,
-            rollout_batch_size=80, lora_rank=16, lora_alpha=32, learning_rate=1.5e-3, warmup_steps=3, temperature=0.8,
+            steps=40, questions_per_step=16, micro_batch_size=8, max_reply_tokens=96, max_context_tokens=2048,
+            rollout_batch_size=80, lora_rank=16, lora_alpha=32, learning_rate=1.5e-3, warmup_steps=3,
+            schedule="linear", temperature=0.8,
         ),
     )
 }  # fmt: skip
