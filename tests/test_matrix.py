@@ -19,7 +19,7 @@ from vrag_lib.agents import VANILLA_PAGES
 from vrag_lib.cli import main
 from vrag_lib.config import ConfigError, load_config, read_config, to_dict
 from vrag_lib.judge import rule_judge
-from vrag_lib.matrix import KEPT, Outcome, cell_folder, read_records, read_rows, run_matrix, states
+from vrag_lib.matrix import KEPT, Outcome, cell_folder, read_curves, read_records, read_rows, run_matrix, states
 from vrag_lib.matrix_cells import CELLS, CHAINS, Cell, cell_config, find_cells
 from vrag_lib.matrix_training import FORMAT_FORMS, MatrixError, Workbench, depends_on
 from vrag_lib.paper_numbers import ABLATIONS, EFFECTS
@@ -97,6 +97,8 @@ def test_the_papers_comparisons_differ_in_what_they_compare():
     assert differing("vrag_rl", "padding_8") == {"environment.crop_padding"}
     assert differing("vrag_rl", "horizon_3") == {"environment.max_turns"} == differing("vrag_rl", "horizon_8")
     assert differing("vrag_rl", "rl_300") == {"trajectories"} == differing("sft", "sft_300")
+    assert differing("vrag_rl", "rl_1000") == {"trajectories"} == differing("sft", "sft_1000")
+    assert differing("rl_1000", "sft_1000") == {"chain"} == differing("rl_300", "sft_300")
     pages = {"environment.given_pages"}
     assert differing("vanilla_rag_1", "vanilla_rag_5") == pages == differing("vanilla_rag_5", "vanilla_rag_6")
     text = {"environment.observation"}
@@ -236,6 +238,9 @@ def test_cells_that_are_trained(tiny, monkeypatch):
     kept = tiny.folder("matrix") / "vrag_rl" / "seed_0"
     assert (kept / "metrics.csv").read_bytes() == (made / "vrag_rl_seed_0" / "metrics.csv").read_bytes()
     assert len(read_trajectories(kept / "sample_trajectories.parquet")) == 4  # the only rollout
+    curves = read_curves(tiny)
+    assert curves[["cell", "seed", "step"]].to_numpy().tolist() == [["vrag_rl", 0, 1]]
+    assert read_curves(tiny, ["sft"]).empty
     assert [o.state for o in run_matrix(tiny, ["sft", "vrag_rl"], seeds=1, format_trajectories=8)] == ["skipped"] * 2
     assert run_matrix(tiny, ["raw"], seeds=2, format_trajectories=8, first_seed=1) == []  # it has seed 0 alone
     with pytest.raises(ValueError, match="between 0 and 0, not 1"):

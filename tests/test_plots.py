@@ -13,6 +13,7 @@ from vrag_lib.corpus import Question
 from vrag_lib.geometry import Box, Size, View
 from vrag_lib.plots import (
     boxes_figure,
+    compared_curves,
     curves_figure,
     interval_bars,
     page_gallery,
@@ -121,3 +122,17 @@ def test_curves_of_several_seeds_are_their_mean_and_range_where_all_have_a_value
     band = left.collections[0].get_datalim(left.transData)
     assert (band.x0, band.x1, band.y0, band.y1) == pytest.approx((1, 2, 0.0, 0.6))
     assert list(right.lines[0].get_ydata()) == [1.0, 1.0]
+
+
+def test_experiments_are_compared_line_by_line_each_run_smoothed_by_itself():
+    table = pd.DataFrame(
+        {
+            "cell": ["a"] * 4 + ["b"] * 2,
+            "seed": [0, 0, 1, 1, 0, 0],
+            "step": [1, 2, 1, 2, 1, 2],
+            "reward": [0.0, 1.0, 1.0, 2.0, 5.0, 7.0],
+        }
+    )
+    (panel,) = compared_curves(table, {"reward": "reward"}, by="cell", over="seed", smooth=2).axes
+    assert [line.get_label() for line in panel.lines] == ["a", "b"]
+    assert [list(line.get_ydata()) for line in panel.lines] == [[0.5, 1.0], [5.0, 6.0]]

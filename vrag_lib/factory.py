@@ -11,7 +11,7 @@ from vrag_lib.config import Config, ConfigError, cache_dir
 from vrag_lib.corpus import Corpus
 from vrag_lib.policy import Policy
 from vrag_lib.retrieval import Retriever
-from vrag_lib.scale_policy import COLD_START, MAX_PIXELS, WEIGHTS
+from vrag_lib.scale_policy import AGENT, COLD_START, MAX_PIXELS, WEIGHTS
 
 if TYPE_CHECKING:
     from vrag_lib.grpo import Sampler
@@ -89,6 +89,11 @@ def scale_policy() -> Path | None:
 def scale_cold_start() -> Path | None:
     """The scale policy after SFT that the repository ships; None where it is absent."""
     return COLD_START if (COLD_START / "config.json").is_file() else None
+
+
+def scale_agent() -> Path | None:
+    """The scale policy after SFT and RL that the repository ships; None where it is absent."""
+    return AGENT if (AGENT / "config.json").is_file() else None
 
 
 def make_policy(corpus: Corpus, config: Config) -> Policy:

@@ -239,3 +239,17 @@ def read_records(config: Config, cells: Sequence[str] | None = None) -> Mapping[
         for path in (config.folder("matrix") / cell.name).glob("seed_*/cell.json"):
             found[cell.name, int(path.parent.name.removeprefix("seed_"))] = read_json(path)
     return found
+
+
+def read_curves(config: Config, cells: Sequence[str] | None = None) -> pd.DataFrame:
+    """The curves of all finished cells that RL trained, a row per seed and step, with columns `cell` and `seed` in
+    front. Empty without any."""
+    import pandas as pd
+
+    parts = []
+    for cell, seed in read_records(config, cells):
+        path = cell_folder(config, cell, seed) / "metrics.csv"
+        if path.is_file():
+            curve = pd.read_csv(path)
+            parts.append(pd.concat([pd.DataFrame({"cell": cell, "seed": seed}, curve.index), curve], axis=1))
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()

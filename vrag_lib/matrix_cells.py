@@ -133,6 +133,7 @@ _ABLATIONS = (
     _variant("horizon_3", "3 replies at most", "environment.max_turns=3"),
     _variant("horizon_8", "8 replies at most", "environment.max_turns=8"),
     _variant("rl_300", "SFT on 300 trajectories, then RL", trajectories=300),
+    _variant("rl_1000", "SFT on 1,000 trajectories, then RL", trajectories=1000),
     Cell("search_r1_text", "as search_r1, pages as text", "search_r1_text", "grpo", data="search"),
 )  # fmt: skip
 

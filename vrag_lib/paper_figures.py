@@ -86,8 +86,13 @@ def table_2(table: pd.DataFrame) -> Figure:
 
 
 def table_3(table: pd.DataFrame) -> Figure:
-    """Invalid actions and finished trajectories before and after RL."""
-    panels = [("invalid_rate", "paper_invalid", "invalid replies, %"), ("finish_rate", "paper_finish", "finished, %")]
+    """Invalid actions and finished trajectories before and after RL, and what the paper's table has not."""
+    panels = [
+        ("invalid_rate", "paper_invalid", "invalid replies, %"),
+        ("finish_rate", "paper_finish", "finished, %"),
+        ("accuracy", "", "right, %"),
+        ("ndcg", "", "nDCG of the pages seen, %"),
+    ]
     return _two_sources(table, list(table["cell"]), panels, "Table 3: before and after RL")
 
 
@@ -165,7 +170,7 @@ def figure_6(table: pd.DataFrame) -> Figure:
 
 def effects(table: pd.DataFrame) -> Figure:
     """Differences with their intervals, coloured by verdict; accuracies and shares in points."""
-    in_points = ("accuracy", "invalid_rate", "finish_rate", "first_gold")
+    in_points = ("accuracy", "invalid_rate", "finish_rate", "first_gold", "ndcg")
     shown = table[table["column"].isin(in_points)]
     figure = Figure(figsize=(10, 1.3 + 0.32 * len(shown)), layout="constrained")
     ax = figure.subplots()
@@ -191,18 +196,21 @@ def effects(table: pd.DataFrame) -> Figure:
 
 
 def _two_sources(table: pd.DataFrame, names: list[str], panels: list[tuple[str, str, str]], title: str) -> Figure:
-    """Bars of ours with the paper's numbers as hollow marks: one panel per (column, the paper's column, axis label)."""
-    figure = Figure(figsize=(max(5.5, 1.6 * len(names)) * (1 + 0.5 * (len(panels) - 1)), 3.6), layout="constrained")
-    for ax, (column, paper, label) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+    """Bars of ours with the paper's numbers, where it has any, as hollow marks: one panel per (column, the paper's
+    column, axis label)."""
+    figure = Figure(figsize=(max(5.5, 1.6 * len(names)) * (1 + 0.35 * (len(panels) - 1)), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for ax, (column, paper, label) in zip(axes, panels, strict=True):
         places = np.arange(len(names))
         ax.bar(
             places, table[column], 0.6, yerr=interval_errors(table, column), capsize=3, color=COLOURS[0], label="here"
         )
-        ax.plot(places, table[paper], "D", mfc="white", color=COLOURS[1], linestyle="none", label="paper, 7B")
+        if paper:
+            ax.plot(places, table[paper], "D", mfc="white", color=COLOURS[1], linestyle="none", label="paper, 7B")
         ax.set_xticks(places, names, fontsize=8)
         ax.set(ylabel=label, ylim=(0, None))
         _plain(ax)
-    ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside right upper")
     figure.suptitle(title, fontsize=11)
     return figure
 

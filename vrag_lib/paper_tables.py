@@ -50,6 +50,7 @@ COLUMNS = {
     "first_gold": ("first_gold", None, 100),
     "gold_seen": ("gold_page_seen", None, 100),
     "gold_recall": ("gold_recall", None, 100),
+    "ndcg": ("ndcg", None, 100),
     "crop_iou": ("crop_iou", None, 1),
     "pages": ("pages", None, 1),
     "noise_pages": ("noise_pages", None, 1),
@@ -82,6 +83,10 @@ METHODS = (
     "sft", "sft_rl_search", "vrag_rl", "gold_pages", "gold_pages_crop", "gold_regions",
 )  # fmt: skip
 """Rows of Table 1: the paper's methods, the two that separate its confound, and the bounds."""
+
+
+BEFORE_AND_AFTER = ("sft", "vrag_rl", "sft_1000", "rl_1000", "sft_300", "rl_300")
+"""Rows of Table 3: the paper's, and the same after SFT on fewer trajectories."""
 
 
 def make_tables(rows: Rows) -> dict[str, pd.DataFrame]:
@@ -283,14 +288,15 @@ def table_2(rows: Rows) -> pd.DataFrame:
 
 
 def table_3(rows: Rows) -> pd.DataFrame:
-    """Invalid actions (share of replies) and finished trajectories, %."""
-    return _table(
-        [
-            _measured(rows, cell, ["invalid_rate", "finish_rate"]) | {"paper_invalid": invalid, "paper_finish": finish}
-            for cell, (invalid, finish) in PAPER_TABLE_3.items()
-            if cell in rows
-        ]
-    )
+    """Invalid actions (share of replies) and finished trajectories, %; and, which the paper's table has not, answers,
+    nDCG of the pages seen, and cold starts on fewer trajectories."""
+    columns = ["invalid_rate", "finish_rate", "accuracy", "ndcg"]
+    table = []
+    for cell in BEFORE_AND_AFTER:
+        if cell in rows:
+            invalid, finish = PAPER_TABLE_3.get(cell, (math.nan, math.nan))
+            table.append(_measured(rows, cell, columns) | {"paper_invalid": invalid, "paper_finish": finish})
+    return _table(table)
 
 
 def figure_3(rows: Rows) -> pd.DataFrame:

@@ -179,13 +179,7 @@ def curves_figure(
     colours = COLOURS if most <= len(COLOURS) else matplotlib.color_sequences["tab20"]
     for ax, (title, names) in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns.items(), strict=True):
         for name, colour in zip([n for n in names if n in table], _cycle(colours), strict=False):
-            # One column per run; a step that one of them lacks is left out.
-            runs = table.pivot(index=x, columns=over, values=name) if over else table.set_index(x)[[name]]
-            runs = runs.dropna()
-            marker = "o" if len(runs) == 1 else None  # a line of one point would not be seen
-            ax.plot(runs.index, runs.mean(axis=1), label=name, color=colour, linewidth=1.3, marker=marker)
-            if over:
-                ax.fill_between(runs.index, runs.min(axis=1), runs.max(axis=1), color=colour, alpha=0.18, linewidth=0)
+            _draw_curve(ax, table, name, x, over, name, colour)
         ax.set_title(title, fontsize=10)
         ax.set_xlabel(x)
         if ax.lines and below:
@@ -194,6 +188,38 @@ def curves_figure(
             ax.legend(fontsize=8)
         ax.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def compared_curves(
+    table: pd.DataFrame, columns: Mapping[str, str], by: str, over: str, x: str = "step", smooth: int = 1
+) -> Figure:
+    """Curves of several experiments side by side: one panel per entry of `columns` (title -> column), in it a line per
+    value of `by`, mean and band over its runs as in `curves_figure`. smooth: rows of a run averaged, the row itself and
+    those before it."""
+    names = list(dict.fromkeys(table[by]))
+    figure = Figure(figsize=(3.4 * len(columns), 3.4 + 0.12 * len(names)), layout="constrained")
+    colours = COLOURS if len(names) <= len(COLOURS) else matplotlib.color_sequences["tab20"]
+    axes = figure.subplots(1, len(columns), squeeze=False)[0]
+    for ax, (title, column) in zip(axes, columns.items(), strict=True):
+        for name, colour in zip(names, _cycle(colours), strict=False):
+            part = table[table[by] == name].sort_values([over, x])
+            averaged = part.groupby(over)[column].transform(lambda values: values.rolling(smooth, 1).mean())
+            _draw_curve(ax, part.assign(**{column: averaged}), column, x, over, name, colour)
+        ax.set_title(title, fontsize=10)
+        ax.set_xlabel(x)
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, ncols=4, loc="outside lower center")
+    return figure
+
+
+def _draw_curve(ax, table: pd.DataFrame, column: str, x: str, over: str, label: str, colour: str) -> None:
+    # One column per run; a step that one of them lacks is left out.
+    runs = table.pivot(index=x, columns=over, values=column) if over else table.set_index(x)[[column]]
+    runs = runs.dropna()
+    marker = "o" if len(runs) == 1 else None  # a line of one point would not be seen
+    ax.plot(runs.index, runs.mean(axis=1), label=label, color=colour, linewidth=1.3, marker=marker)
+    if over:
+        ax.fill_between(runs.index, runs.min(axis=1), runs.max(axis=1), color=colour, alpha=0.18, linewidth=0)
 
 
 def save_figure(figure: Figure, path: str | Path) -> Path:

@@ -49,6 +49,9 @@ WEIGHTS = Path(__file__).resolve().parent.parent / "data" / "scale_policy"
 COLD_START = WEIGHTS.with_name("scale_cold_start")
 """Where the same policy lies after SFT, as `vrag sft` leaves it: what reinforcement learning starts from."""
 
+AGENT = WEIGHTS.with_name("scale_vrag_rl")
+"""Where it lies after reinforcement learning: the agent that the laptop's experiment ends with."""
+
 _VISION = {
     "depth": 4,
     "hidden_size": 128,
