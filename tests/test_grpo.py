@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from tiny_agent import rewarded
 
@@ -20,6 +22,19 @@ def test_credit_goes_to_the_turns_it_names():
     )
     assert plain([1, 3]).tolist() == pytest.approx([-0.3, -0.3])
     assert scoped([1, 3]).tolist() == pytest.approx([0.1 - 0.4, -0.4])
+
+
+def test_an_invalid_reply_may_be_penalised_even_where_its_trajectory_did_well():
+    search = Turn("assistant", "s", action=Action(ActionKind.SEARCH, "x"), token_ids=(1, 2))
+    bad = Turn("assistant", "b", invalid=InvalidReason.NO_ACTION, token_ids=(1,))
+    pair = [rewarded("a", 1.0, (bad, search)), rewarded("b", 0.0, (search, bad))]
+    places = [i for i, turn in enumerate(pair[0].turns) if turn.role == "assistant"]
+    own = GRPOConfig(group_size=2, advantage_std=False)
+    for config, expected in (
+        (own, [[0.5, 0.5], [-0.5, -0.5]]),
+        (replace(own, invalid_advantage=-1.0), [[-1.0, 0.5], [-0.5, -1.0]]),
+    ):
+        assert [f(places).tolist() for f in step_advantages(pair, config)] == expected
 
 
 def test_leave_one_out_is_chosen_by_its_name():

@@ -94,6 +94,7 @@ def test_the_papers_comparisons_differ_in_what_they_compare():
     assert differing("vrag_rl", "group_2") == {"grpo.group_size", "grpo.questions_per_step"}
     assert differing("vrag_rl", "group_10") == {"grpo.group_size", "grpo.questions_per_step"}
     assert differing("vrag_rl", "no_kl") == {"grpo.kl_coefficient"}
+    assert differing("vrag_rl", "invalid_penalised") == {"grpo.invalid_advantage"}
     assert differing("vrag_rl", "padding_8") == {"environment.crop_padding"}
     assert differing("vrag_rl", "horizon_3") == {"environment.max_turns"} == differing("vrag_rl", "horizon_8")
     assert differing("vrag_rl", "rl_300") == {"trajectories"} == differing("sft", "sft_300")

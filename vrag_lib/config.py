@@ -195,6 +195,9 @@ class GRPOConfig:
     max_grad_norm: float = _doc(1.0, "gradients are scaled down to this norm")
     advantage: str = _doc("group", "baseline of a reward: group (mean of the group) or leave_one_out")
     advantage_std: bool = _doc(True, "group: divide by the standard deviation of the group's rewards")
+    invalid_advantage: float | None = _doc(
+        None, "of invalid replies' tokens; none: their trajectory's own, as the paper"
+    )
     normalisation: str = _doc("sequence", "weight of a token: sequence, token or constant (advantages.loss_weights)")
     constant_length: int = _doc(2048, "normalisation=constant: tokens that each trajectory is divided by")
     clip_low: float = _doc(0.2, "the ratio of an unwelcome token is not followed below 1 - clip_low")

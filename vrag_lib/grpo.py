@@ -67,7 +67,9 @@ def step_advantages(
     """For each trajectory a function from the turns of its trained tokens (n,) to their advantages (n,).
 
     Without `credit` all tokens of a trajectory share the advantage of its total reward. With it, each reward gets an
-    advantage of its own within the group, credited to the turns that `credit` names for it.
+    advantage of its own within the group, credited to the turns that `credit` names for it. With
+    `config.invalid_advantage` an invalid reply has that instead, however its trajectory ended: else what a success was
+    in spite of is learnt with it.
     """
 
     def estimate(rewards: Sequence[float]) -> np.ndarray:
@@ -85,7 +87,15 @@ def step_advantages(
 
     def of(i: int) -> Callable[[Sequence[int]], np.ndarray]:
         own = {name: float(values[i]) for name, values in terms.items()}
-        return lambda turn_index: token_advantages(own, turn_index, scopes[i])
+        invalid = [turn.invalid is not None for turn in trajectories[i].turns]
+
+        def advantages(turn_index: Sequence[int]) -> np.ndarray:
+            values = token_advantages(own, turn_index, scopes[i])
+            if config.invalid_advantage is not None:
+                values[np.take(invalid, np.asarray(turn_index, dtype=int))] = config.invalid_advantage
+            return values
+
+        return advantages
 
     return [of(i) for i in range(len(trajectories))]
 

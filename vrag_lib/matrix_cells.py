@@ -129,6 +129,8 @@ _ABLATIONS = (
     _variant("group_2", "groups of 2, as many trajectories", group_size=2),
     _variant("group_10", "groups of 10, as many trajectories", group_size=10),
     _variant("no_kl", "no KL to the reference", "grpo.kl_coefficient=0"),
+    _variant("invalid_penalised", "an invalid reply's tokens get advantage -1, whatever comes of it",
+             "grpo.invalid_advantage=-1"),
     _variant("padding_8", "crops 8 shown pixels wider on each side", "environment.crop_padding=8"),
     _variant("horizon_3", "3 replies at most", "environment.max_turns=3"),
     _variant("horizon_8", "8 replies at most", "environment.max_turns=8"),

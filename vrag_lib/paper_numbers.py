@@ -137,6 +137,10 @@ ABLATIONS = (
     Effect("groups of 2 instead of 5", "group_2", "vrag_rl", "not published"),
     Effect("groups of 10 instead of 5", "group_10", "vrag_rl", "not published"),
     Effect("no KL", "no_kl", "vrag_rl", "not published"),
+    *(
+        Effect(f"invalid replies penalised: {what}", "invalid_penalised", "vrag_rl", "not published", column=column)
+        for what, column in (("answers", "accuracy"), ("invalid actions", "invalid_rate"), ("finished", "finish_rate"))
+    ),
     Effect("crops padded by 8 pixels", "padding_8", "vrag_rl", "not published"),
     Effect("at most 3 replies instead of 5", "horizon_3", "vrag_rl", "not published"),
     Effect("at most 8 replies instead of 5", "horizon_8", "vrag_rl", "not published"),

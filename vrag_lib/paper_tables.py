@@ -85,8 +85,8 @@ METHODS = (
 """Rows of Table 1: the paper's methods, the two that separate its confound, and the bounds."""
 
 
-BEFORE_AND_AFTER = ("sft", "vrag_rl", "sft_1000", "rl_1000", "sft_300", "rl_300")
-"""Rows of Table 3: the paper's, and the same after SFT on fewer trajectories."""
+BEFORE_AND_AFTER = ("sft", "vrag_rl", "invalid_penalised", "sft_1000", "rl_1000", "sft_300", "rl_300")
+"""Rows of Table 3: the paper's, RL that penalises invalid replies, and the same after SFT on fewer trajectories."""
 
 
 def make_tables(rows: Rows) -> dict[str, pd.DataFrame]:
