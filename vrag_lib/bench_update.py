@@ -48,7 +48,7 @@ from vrag_lib.bench_agent import (
 from vrag_lib.bench_trl import stock_model, stock_trainer
 from vrag_lib.config import Config, EnvironmentConfig, GRPOConfig
 from vrag_lib.corpus import Corpus, Question
-from vrag_lib.factory import scale_policy
+from vrag_lib.factory import scale_cold_start
 from vrag_lib.policy_transformers import TransformersPolicy
 from vrag_lib.retrieval import Retriever
 from vrag_lib.rollout import rollout
@@ -92,8 +92,8 @@ def run_bench_update(
     experts = make_expert_policy(config, asked, test.corpus)
     trajectories = rollout(experts, asked, test.corpus, test.retriever, config.environment, seeds=range(len(asked)))
     with tempfile.TemporaryDirectory(prefix="vrag-bench-") as folder:
-        checkpoint = model or scale_policy() or random_scale_policy(folder, config.seed)
-        name = model or ("the shipped scale policy" if scale_policy() else "scale policy, random weights")
+        checkpoint = model or scale_cold_start() or random_scale_policy(folder, config.seed)
+        name = model or ("the shipped cold start" if scale_cold_start() else "scale policy, random weights")
         return bench_update(
             checkpoint,
             asked,
@@ -145,6 +145,7 @@ def bench_update(
         normalisation="sequence",
         advantage="group",
         advantage_std=False,
+        kl_clamp=1e9,  # stock TRL clamps nothing
         old_logprobs="trainer",
         resample_rounds=0,
         mask_broken=False,
