@@ -207,7 +207,7 @@ def _two_sources(table: pd.DataFrame, names: list[str], panels: list[tuple[str, 
         )
         if paper:
             ax.plot(places, table[paper], "D", mfc="white", color=COLOURS[1], linestyle="none", label="paper, 7B")
-        ax.set_xticks(places, names, fontsize=8)
+        ax.set_xticks(places, [name.replace("_", "\n") for name in names], fontsize=8)
         ax.set(ylabel=label, ylim=(0, None))
         _plain(ax)
     figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside right upper")

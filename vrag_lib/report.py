@@ -220,7 +220,7 @@ def _ablations(table: pd.DataFrame) -> str:
     ]
     left = list(table.loc[table["verdict"] == "not measured", "effect"])
     note = f"\n\nNot measured: {'; '.join(left)}." if left else ""
-    return _markdown(("change", "cells", "accuracy [95 %]", "p, Holm", "seeds", "result"), rows) + note
+    return _markdown(("change", "cells", "points [95 %]", "p, Holm", "seeds", "result"), rows) + note
 
 
 def _how_sure(tables: Mapping[str, pd.DataFrame]) -> str:
