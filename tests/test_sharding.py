@@ -8,6 +8,7 @@ import pytest
 import training_jobs
 from tiny_agent import scratch, trained_checkpoint
 
+from vrag_lib.config import ConfigError
 from vrag_lib.trajectory import read_trajectories
 
 torch = pytest.importorskip("torch")
@@ -44,7 +45,7 @@ def test_other_shards_are_refused_with_what_helps():
     with whole_weights(model, None):
         pass
     model.weight.ds_id = 0
-    with pytest.raises(NotImplementedError, match=r"launch/fsdp\.yaml"), whole_weights(model):
+    with pytest.raises(ConfigError, match=r"launch/fsdp\.yaml"), whole_weights(model):
         pass
 
 

@@ -118,10 +118,11 @@ def finish(processes: Sequence[multiprocessing.Process], seconds: float = 240) -
 
 def run_sharded(target: Callable[..., Any], *arguments: Any, **settings: Any) -> None:
     """`target` with weights shared out over the processes as `launch/fsdp.yaml` says. Accelerate does that on GPUs
-    alone, so it is told that these processors are some."""
+    alone, so it is told that these processors are some. Raises RuntimeError when nothing was shared out after all."""
     import torch
     import yaml
     from accelerate.state import DistributedType, PartialState
+    from torch.distributed.fsdp import FSDPModule
 
     torch.distributed.init_process_group("gloo")
     PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
@@ -130,7 +131,11 @@ def run_sharded(target: Callable[..., Any], *arguments: Any, **settings: Any) ->
     os.environ |= {"ACCELERATE_USE_FSDP": "true"} | {
         name.upper().replace("LAYER_CLS", "CLS"): str(value) for name, value in asked.items()
     }
+    gather, gathered = FSDPModule.unshard, []
+    FSDPModule.unshard = lambda self, *options: gathered.append(self) or gather(self, *options)
     target(*arguments, **settings)
+    if not gathered:
+        raise RuntimeError("the weights were whole in every process")
 
 
 def start_together(count: int, target: Callable[..., Any], *arguments: Any, **settings: Any) -> list[Any]:

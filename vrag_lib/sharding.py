@@ -17,13 +17,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from vrag_lib.config import ConfigError
+
 
 @contextmanager
 def whole_weights(*models: Any) -> Iterator[None]:
     """Every process holds all weights of these models (None: no model) while this lasts. All processes have to enter
     and leave together. Models that are not sharded are left as they are.
 
-    Raises NotImplementedError for shards of ZeRO-3 and of FSDP's first version.
+    Raises ConfigError for shards of ZeRO-3 and of FSDP's first version.
     """
     from torch.autograd.graph import increment_version
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
@@ -33,9 +35,7 @@ def whole_weights(*models: Any) -> Iterator[None]:
         hasattr(parameter, "ds_id") for module in modules for parameter in module.parameters(recurse=False)
     )
     if shards_otherwise:
-        raise NotImplementedError(
-            "rollouts need weights that FSDP 2 shards or none does: use launch/fsdp.yaml, or ZeRO-2"
-        )
+        raise ConfigError("rollouts need whole weights or shards of FSDP 2: see launch/fsdp.yaml, launch/zero2.yaml")
     sharded = [module for module in modules if isinstance(module, FSDPModule)]
     for module in sharded:
         module.set_reshard_after_forward(False, recurse=False)
