@@ -21,7 +21,7 @@ from vrag_lib.config import ConfigError, load_config, read_config, to_dict
 from vrag_lib.judge import rule_judge
 from vrag_lib.matrix import KEPT, Outcome, cell_folder, read_curves, read_records, read_rows, run_matrix, states
 from vrag_lib.matrix_cells import CELLS, CHAINS, Cell, cell_config, find_cells
-from vrag_lib.matrix_training import FORMAT_FORMS, MatrixError, Workbench, depends_on
+from vrag_lib.matrix_training import FORMS, MatrixError, Workbench, depends_on
 from vrag_lib.paper_numbers import ABLATIONS, EFFECTS
 from vrag_lib.rewards import RECIPES
 from vrag_lib.stages import training_questions
@@ -294,7 +294,11 @@ def test_what_cells_without_crop_and_the_format_learn_from(tiny):
     learnt = fresh.trajectories("format")
     assert len(learnt) == 8 and {t.question_id for t in learnt} <= questions
     assert all(rule_judge(t.question, t.reference_answer, t.answer) for t in learnt)
-    assert [len(t.turns[0].images) for t in learnt[: len(FORMAT_FORMS)]] == [1, 3, 0, 0]
+    assert [len(t.turns[0].images) for t in learnt[: len(FORMS["format"])]] == [1, 3, 0, 0]
+    gold = fresh.trajectories("gold")
+    assert gold and all(rule_judge(t.question, t.reference_answer, t.answer) for t in gold)
+    assert all(t.turns[0].images and not t.count(ActionKind.SEARCH) for t in gold)
+    assert [t.turns[0].images[0].is_crop for t in gold[: len(FORMS["gold"])]] == [False, False, True]
     with pytest.raises(MatrixError, match="count=8 not 4"):
         Workbench(fresh.config, 4).trajectories("format")
 

@@ -54,6 +54,18 @@ def test_the_page_says_what_agrees_and_what_is_missing(written):
     assert "nan" not in text.replace("finance", "")
 
 
+def test_the_page_says_where_whole_pages_cannot_be_read(tmp_path):
+    config, other = (load_config("laptop", [f"results={tmp_path}/{n}"], experiment=True) for n in (1, 2))
+    rows = made_up(40, 1, cells=("react", "vanilla_rag_1", "gold_pages", "gold_regions", "vrag_rl", "sft_rl_search"))
+    store(rows, config)
+    assert "not legible whole" not in write_report(config, seeds=1).read_text()
+    store(rows | {"gold_pages": rows["gold_pages"].assign(judge=0.0)}, other)
+    text = write_report(other, seeds=1).read_text()
+    assert "Given the gold pages the policy answers 0.0 [0.0, 0.0] %" in text
+    assert "show nothing, either way: ReAct over Vanilla RAG." in text
+    assert "the sign is built in: crop, paper's reward; crop, text questions;" in text
+
+
 def test_all_tables_and_figures_are_there(written):
     config, page = written
     folder = config.folder("paper")

@@ -10,7 +10,9 @@ a test. The paper compares Search-R1-VL, which had no SFT and no crop, with VRAG
 
 Deviations. The paper's untrained rows are an instruct model that follows a prompt; the scale policy was never taught
 to, so cells without SFT start from it after `format`: SFT on a few right trajectories of each kind of agent
-(`matrix_training.FORMAT_FORMS`). Cells with SFT start from it as it comes; `raw` measures that. The paper trains
+(`matrix_training.FORMS`). The bounds start after `gold`: SFT on right trajectories of experts given the gold pages or
+regions, for a bound is to be no lower than what perception allows. Cells with SFT start from it as it comes; `raw`
+measures that. The paper trains
 without SFT by other settings (reward `paper_cold_start`, no KL); here `search_r1` and `cold_start` keep those of the
 rest, for the comparison's sake, and `cold_start_paper` has them.
 Cells without crop are fine-tuned on trajectories of experts without crop, on the same questions;
@@ -38,7 +40,8 @@ class Cell:
 
     agent: what the policy may do in RL and evaluation, by name or, for numbers of pages without one, itself.
     overrides: `key=value` settings of RL and evaluation that differ from the preset's.
-    data: trajectories of SFT, by experts that may `crop` or only `search`. trajectories: the first so many; None: all.
+    data: trajectories of SFT, by experts that may `crop` or only `search`, or were given the `gold` pages or regions.
+    trajectories: the first so many; None: all.
     group_size: trajectories per question in RL, from fewer or more questions, so that the budget stays.
     formatted: whether a cell without SFT starts after `format`, or from the policy as it comes.
     """
@@ -93,9 +96,9 @@ _UNTRAINED = (
     Cell("react", "searches, not trained to", "react"),
     Cell("react_text", "searches in text, not trained to", "react_text"),
     Cell("vrag_prompted", "searches and crops, not trained to", "vrag_rl"),
-    Cell("gold_pages", "the gold pages (upper bound)", "gold_pages"),
-    Cell("gold_pages_crop", "the gold pages, with crop (upper bound)", "gold_pages_crop"),
-    Cell("gold_regions", "the gold regions (upper bound)", "gold_regions"),
+    Cell("gold_pages", "the gold pages (upper bound)", "gold_pages", data="gold"),
+    Cell("gold_pages_crop", "the gold pages, with crop (upper bound)", "gold_pages_crop", data="gold"),
+    Cell("gold_regions", "the gold regions (upper bound)", "gold_regions", data="gold"),
 )
 
 _TUNED = (

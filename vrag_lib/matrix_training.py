@@ -10,7 +10,7 @@ after SFT share their cold start, as the paper has one, unless `cold_starts` ask
 cold start that the repository ships is not trained again where it was made with the same settings from the same data.
 
 Deviations from the paper: see `matrix_cells`. The stage `format`, where there is no SFT, stands in for what an
-instruct model brings along.
+instruct model brings along; `gold` does for the bounds, from about as many trajectories as SFT.
 """
 
 from __future__ import annotations
@@ -20,13 +20,16 @@ import functools
 import hashlib
 import json
 import logging
+import math
+import random
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vrag_lib.agents import agent_environment
+from vrag_lib.agents import agent_environment, find_agent, questions_for
 from vrag_lib.config import Config, ConfigError, read_config, to_dict
+from vrag_lib.corpus import Question
 from vrag_lib.factory import scale_cold_start, scale_policy
 from vrag_lib.judge import rule_judge
 from vrag_lib.matrix_cells import Cell, cell_config
@@ -47,13 +50,20 @@ from vrag_lib.trajectory import Trajectory, read_trajectories, write_trajectorie
 
 logger = logging.getLogger(__name__)
 
-FORMAT_FORMS = ("vanilla_rag_1", "vanilla_rag_3", "react", "vrag_rl")
-"""Agents whose trajectories the stage `format` learns from, equally many of each."""
+FORMS = {
+    "format": ("vanilla_rag_1", "vanilla_rag_3", "react", "vrag_rl"),
+    "gold": ("gold_pages", "gold_pages_crop", "gold_regions"),
+}
+"""Agents whose trajectories the stages `format` and `gold` learn from, equally many of each."""
 
 FORMAT_TRAJECTORIES = {"laptop": 400}
-"""Trajectories of the stage `format` by preset, of all forms together. Other presets start from an instruct model."""
+"""Trajectories of the stage `format` by preset, of all forms together. Other presets start from an instruct model, and
+need neither it nor `gold`."""
 
-SEARCH_SAMPLES = 8
+FORMAT_QUESTIONS = 96
+"""Questions that each form is sampled on at a time, until enough trajectories are right."""
+
+SEARCH_SAMPLES = 4
 """Samples per question of experts that cannot crop: what is too small to read they guess, so fewer are right."""
 
 _INDIFFERENT = ("rollout_batch_size", "device", "api_key_env", "concurrency", "workers", "results", "save_steps",
@@ -95,7 +105,7 @@ class Workbench:
 
     def trajectories(self, kind: str) -> list[Trajectory]:
         """What SFT learns from: `crop` as `vrag synthesize` leaves it, `search` of the same questions without crop,
-        `format` of each of FORMAT_FORMS."""
+        `format` and `gold` of each of their FORMS."""
         if kind == "crop":
             path = self.config.folder("synthesis") / "trajectories.parquet"
             if not path.is_file():
@@ -108,12 +118,12 @@ class Workbench:
         claim(folder, {"count": count, "config": depends_on(self.config, "synthesis")})
         path = folder / "trajectories.parquet"
         if not path.is_file():
-            write_trajectories(self._search() if kind == "search" else self._format(), path)
+            write_trajectories(self._search() if kind == "search" else self._taking_turns(kind, count), path)
         return read_trajectories(path)
 
     def checkpoint(self, cell: Cell, seed: int) -> str:
         """The model of a cell, trained with that seed, ready to be loaded: a folder, or a hub id for `raw`."""
-        model = self._start() if cell.starts_formatted else self.raw()
+        model = self._start(cell) if cell.starts_formatted else self.raw()
         if cell.chain in ("sft", "sft+grpo"):
             model = self._fine_tuned(model, cell, seed if cell.chain == "sft" else seed % self.cold_starts)
         if cell.chain in ("grpo", "sft+grpo"):
@@ -134,17 +144,17 @@ class Workbench:
             )
         return str(model)
 
-    def _start(self) -> str:
-        raw = self.raw()
+    def _start(self, cell: Cell) -> str:
+        raw, kind = self.raw(), "gold" if cell.data == "gold" else "format"
         if not self.format_trajectories:
             return raw
         depends = {"start": model_fingerprint(raw), "trajectories": self.format_trajectories}
         return self._made(
-            "format",
+            kind,
             depends | {"config": depends_on(self.config, "sft", "synthesis")},
             raw,
             lambda folder: fine_tune(
-                self.config, self.train, checkpoint=raw, data=self.trajectories("format"), folder=folder
+                self.config, self.train, checkpoint=raw, data=self.trajectories(kind), folder=folder
             ),
         )
 
@@ -217,25 +227,34 @@ class Workbench:
         """Trajectories of the SFT questions by experts without crop: as many as there are with crop, or all."""
         from vrag_lib.synthesis_filters import balance, filter_trajectories
 
-        samples = self._sampled("react", SEARCH_SAMPLES, "search")
+        questions = training_questions(self.config, self.train.questions)[0]
+        samples = self._sampled("react", SEARCH_SAMPLES, "search", questions)
         kept = filter_trajectories(samples, make_judge(self.config)).kept
         wanted = len(self.trajectories("crop"))
         if len(kept) < wanted:
             logger.warning("experts without crop wrote %d right trajectories, those with crop %d", len(kept), wanted)
         return balance(kept, wanted, self.config.seed)
 
-    def _format(self) -> list[Trajectory]:
+    def _taking_turns(self, kind: str, count: int) -> list[Trajectory]:
         """Right trajectories without an invalid reply, at most one per question and form, the forms taking turns: of
         each as many as of the rarest, and no more together than wanted."""
-        forms = []
-        for form in FORMAT_FORMS:
-            samples = self._sampled(form, 1, f"format/{form}")
-            forms.append([t for t in samples if _is_right(t) and not any(reply.invalid for reply in t.replies)])
-        taken = [trajectory for row in zip(*forms, strict=False) for trajectory in row]
-        return taken[: self.format_trajectories]
+        forms = [self._right(kind, form, math.ceil(count / len(FORMS[kind]))) for form in FORMS[kind]]
+        return [trajectory for row in zip(*forms, strict=False) for trajectory in row][:count]
 
-    def _sampled(self, agent: str, per_question: int, name: str) -> list[Trajectory]:
-        questions = training_questions(self.config, self.train.questions)[0]
+    def _right(self, kind: str, form: str, wanted: int) -> list[Trajectory]:
+        """Right trajectories of one form, sampled on questions in random order until there are enough."""
+        questions = questions_for(find_agent(form), training_questions(self.config, self.train.questions)[0])
+        questions = random.Random(self.config.seed).sample(questions, len(questions))
+        right: list[Trajectory] = []
+        for start in range(0, len(questions), FORMAT_QUESTIONS):
+            some = questions[start : start + FORMAT_QUESTIONS]
+            samples = self._sampled(form, 1, f"{kind}/{form}/{start}", some)
+            right += [t for t in samples if _is_right(t) and not any(reply.invalid for reply in t.replies)]
+            if len(right) >= wanted:
+                break
+        return right
+
+    def _sampled(self, agent: str, per_question: int, name: str, questions: Sequence[Question]) -> list[Trajectory]:
         return sample(
             self._expert(agent),
             questions,

@@ -131,6 +131,14 @@ ABLATIONS = (
     Effect("no SFT", "cold_start", "vrag_rl", "not published"),
     Effect("no SFT, the paper's settings for it", "cold_start_paper", "cold_start", "not published"),
     Effect("reward: nDCG alone", "retrieval_only", "vrag_rl", "not published"),
+    *(
+        Effect(f"{what}: nDCG", a, b, "not published", column="ndcg", note=note)
+        for what, a, b, note in (
+            ("RL after SFT", "vrag_rl", "sft", ""),
+            ("reward: answer alone", "vrag_answer_only", "vrag_rl", "wanted after its first seed had been seen"),
+            ("reward: nDCG alone", "retrieval_only", "vrag_rl", ""),
+        )
+    ),
     Effect("reward: released code's", "released_code", "vrag_rl", "not published"),
     Effect("reward: released code's gate", "released_code", "no_gate", "not published"),
     Effect("no crop, VRAG-RL's SFT", "no_crop_same_sft", "vrag_rl", "not published"),

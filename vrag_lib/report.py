@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from vrag_lib.config import Config, provenance
 from vrag_lib.matrix import SEEDS, MatrixError, Outcome, read_rows, states
+from vrag_lib.matrix_cells import CELLS
 from vrag_lib.paper_figures import draw_figures
 from vrag_lib.paper_numbers import ABLATIONS, EFFECTS, PAPER_TABLE_2, SCORE_BEHAVIOUR
 from vrag_lib.paper_tables import BEFORE_AND_AFTER, METHODS, TYPES, make_tables, seeds_spread
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 COMMAND = "vrag reproduce-paper"
+
+FLOOR = 5.0
+"""Accuracy, %, with the gold pages given whole, below which whole pages count as illegible."""
 
 
 def write_report(config: Config, seeds: int = SEEDS) -> Path:
@@ -63,6 +67,7 @@ def page_text(
         "## What agrees with the paper",
         _verdicts(tables["effects"]),
         _effects(tables["effects"]),
+        legibility(tables),
         *(f"![{name}]({folder}/{name}.png)" for name in ("effects", "table_1") if name in pictures),
         "## Ablations that nobody published",
         _ablations(tables["ablations"]) or "None of them is measured yet.",
@@ -152,6 +157,32 @@ def _effects(effects: pd.DataFrame) -> str:
     ]
     head = ("effect", "cells", "here [95 %]", "p, Holm", "paper, 7B", "SCORE, SlideVQA / ViDoSeek", "from", "sign")
     return _markdown(head, rows)
+
+
+def legibility(tables: Mapping[str, pd.DataFrame]) -> str:
+    """What cannot be seen where the policy cannot read a page unless it enlarges a part; nothing where it can, or where
+    neither is measured."""
+    if tables["table_1"].empty:
+        return ""
+    bounds = {row["cell"]: row for row in tables["table_1"].to_dict("records")}
+    whole, regions = bounds.get("gold_pages"), bounds.get("gold_regions")
+    if whole is None or regions is None or whole["overall_high"] >= FLOOR:
+        return ""
+    effects = tables["effects"]
+    on_answers = effects[(effects["verdict"] != "not measured") & (effects["column"] == "accuracy")]
+    crops = {name: cell.find_agent().allow_crop for name, cell in CELLS.items()}
+    neither = [row.effect for row in on_answers.itertuples() if not crops[row.a] and not crops[row.b]]
+    one = [row.effect for row in on_answers.itertuples() if crops[row.a] != crops[row.b]]
+    lines = [
+        f"**Pages are not legible whole at this scale.** Given the gold pages the policy answers "
+        f"{_cell(whole, 'overall')} % of the questions, given the gold regions {_cell(regions, 'overall')} %. An agent "
+        "that cannot crop is held to the former, whatever it finds."
+    ]
+    if neither:
+        lines.append(f"So these compare two agents at the bottom and show nothing, either way: {'; '.join(neither)}.")
+    if one:
+        lines.append(f"And of these the sign is built in: {'; '.join(one)}.")
+    return " ".join(lines)
 
 
 def _titled(
