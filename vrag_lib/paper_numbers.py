@@ -90,6 +90,7 @@ class Effect:
 
 
 _READ_OFF = "read off the picture"
+_SEEN = "wanted after the numbers had been seen"
 _CONFOUND = "the paper compares a model with SFT and crop with one that has neither"
 
 EFFECTS = (
@@ -135,7 +136,7 @@ ABLATIONS = (
         Effect(f"{what}: nDCG", a, b, "not published", column="ndcg", note=note)
         for what, a, b, note in (
             ("RL after SFT", "vrag_rl", "sft", ""),
-            ("reward: answer alone", "vrag_answer_only", "vrag_rl", "wanted after its first seed had been seen"),
+            ("reward: answer alone", "vrag_answer_only", "vrag_rl", _SEEN),
             ("reward: nDCG alone", "retrieval_only", "vrag_rl", ""),
         )
     ),
@@ -145,6 +146,11 @@ ABLATIONS = (
     Effect("groups of 2 instead of 5", "group_2", "vrag_rl", "not published"),
     Effect("groups of 10 instead of 5", "group_10", "vrag_rl", "not published"),
     Effect("no KL", "no_kl", "vrag_rl", "not published"),
+    *(
+        Effect(f"RL without SFT, {agent}: {what}", a, b, "not published", column=column, note=_SEEN)
+        for agent, a, b in (("no crop", "search_r1", "react"), ("crop", "cold_start", "vrag_prompted"))
+        for what, column in (("invalid actions", "invalid_rate"), ("finished", "finish_rate"))
+    ),
     *(
         Effect(f"invalid replies penalised: {what}", "invalid_penalised", "vrag_rl", "not published", column=column)
         for what, column in (("answers", "accuracy"), ("invalid actions", "invalid_rate"), ("finished", "finish_rate"))
