@@ -65,7 +65,8 @@ def differing(a: str, b: str) -> set[str]:
 @pytest.mark.parametrize("name", CELLS)
 def test_every_cell_is_valid(name):
     cell = CELLS[name]
-    assert cell.name == name and cell.chain in CHAINS and cell.data in ("crop", "search")
+    assert cell.name == name and cell.chain in CHAINS
+    assert cell.data in (("crop", "search", "gold") if cell.chain == "none" else ("crop", "search"))
     config = cell_config(cell, CONFIG)
     assert config.grpo.recipe in RECIPES and config.grpo.rows == CONFIG.grpo.rows  # the budget of RL
     assert config.grpo.steps == CONFIG.grpo.steps and config.synthesis == CONFIG.synthesis and config.sft == CONFIG.sft
@@ -250,6 +251,15 @@ def test_cells_that_are_trained(tiny, monkeypatch):
     other = dataclasses.replace(tiny, sft=dataclasses.replace(tiny.sft, learning_rate=1.0))
     with pytest.raises(MatrixError, match=r"sft\.learning_rate=0\.0005 not 1\.0"):
         Workbench(other, 8).checkpoint(CELLS["sft"], 0)
+
+
+def test_the_bounds_start_from_experts_who_were_given_the_gold_pages(tiny, monkeypatch):
+    bench = Workbench(tiny, 8)
+    monkeypatch.setattr(bench, "_made", lambda name, settings, start, train: name)
+    started = {name: bench.checkpoint(cell, 0) for name, cell in CELLS.items() if cell.chain == "none"}
+    assert {name for name, start in started.items() if start == "gold"} == {name for name in CELLS if "gold" in name}
+    assert set(started.values()) == {bench.raw(), "format", "gold"}
+    assert Workbench(tiny, 0).checkpoint(CELLS["gold_regions"], 0) == bench.raw()  # an instruct model needs no stage
 
 
 def test_seeds_of_reinforcement_learning_take_turns_with_cold_starts(tiny, monkeypatch):
