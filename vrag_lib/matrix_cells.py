@@ -28,7 +28,7 @@ from vrag_lib.agents import AGENTS, Agent, agent_environment, find_agent
 from vrag_lib.config import Config, ConfigError, override
 
 CHAINS = ("none", "sft", "grpo", "sft+grpo")
-"""What a cell's policy went through, after `format` where there is no SFT."""
+"""What a cell's policy went through, after `format` or `gold` where there is no SFT."""
 
 CONTEXT_PAGES = (1, 2, 3, 4, 5, 6, 10)
 """Pages in context: those of the paper's Figure 3, and 10 as ViDoRAG retrieves."""
@@ -43,7 +43,7 @@ class Cell:
     data: trajectories of SFT, by experts that may `crop` or only `search`, or were given the `gold` pages or regions.
     trajectories: the first so many; None: all.
     group_size: trajectories per question in RL, from fewer or more questions, so that the budget stays.
-    formatted: whether a cell without SFT starts after `format`, or from the policy as it comes.
+    formatted: whether a cell without SFT starts after `format` or `gold`, or from the policy as it comes.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Cell:
 
     @property
     def starts_formatted(self) -> bool:
-        """Whether its chain begins after the stage `format`."""
+        """Whether its chain begins after the stage `format` or `gold`."""
         return self.formatted and not self.chain.startswith("sft")
 
     @property

@@ -60,7 +60,7 @@ FORMAT_TRAJECTORIES = {"laptop": 400}
 """Trajectories of the stage `format` by preset, of all forms together. Other presets start from an instruct model, and
 need neither it nor `gold`."""
 
-FORMAT_QUESTIONS = 96
+QUESTIONS_AT_A_TIME = 96
 """Questions that each form is sampled on at a time, until enough trajectories are right."""
 
 SEARCH_SAMPLES = 4
@@ -246,8 +246,8 @@ class Workbench:
         questions = questions_for(find_agent(form), training_questions(self.config, self.train.questions)[0])
         questions = random.Random(self.config.seed).sample(questions, len(questions))
         right: list[Trajectory] = []
-        for start in range(0, len(questions), FORMAT_QUESTIONS):
-            some = questions[start : start + FORMAT_QUESTIONS]
+        for start in range(0, len(questions), QUESTIONS_AT_A_TIME):
+            some = questions[start : start + QUESTIONS_AT_A_TIME]
             samples = self._sampled(form, 1, f"{kind}/{form}/{start}", some)
             right += [t for t in samples if _is_right(t) and not any(reply.invalid for reply in t.replies)]
             if len(right) >= wanted:

@@ -161,7 +161,7 @@ def _effects(effects: pd.DataFrame) -> str:
 
 def legibility(tables: Mapping[str, pd.DataFrame]) -> str:
     """What cannot be seen where the policy cannot read a page unless it enlarges a part; nothing where it can, or where
-    neither is measured."""
+    one of the two bounds that tell is not measured."""
     if tables["table_1"].empty:
         return ""
     bounds = {row["cell"]: row for row in tables["table_1"].to_dict("records")}
