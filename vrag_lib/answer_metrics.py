@@ -184,6 +184,7 @@ def evisrag_scores(references: Sequence[str], answer: str) -> EvisragScores:
     >>> scores.em, scores.acc, round(scores.f1, 4)
     (0.0, 1.0, 0.4)
     """
+    references = (references,) if isinstance(references, str) else references
     best = EvisragScores(0.0, 0.0, 0.0)
     given = _squad_tokens(answer)
     for reference in references:
@@ -292,7 +293,7 @@ def _is_float(text: str) -> bool:
 
 _REFUSAL = re.compile(
     r"(?:(?:the|this) question )?(?:it )?(?:is )?(?:not answerable|unanswerable|can ?not be answered)\b.*"
-    r"|(?:there is )?no relevant information\b.*"
+    r"|(?:there is )?no relevant information\b[^;:,]*"
     r"|(?:there is )?(?:insufficient|not enough) (?:to answer|information|evidence)\b.*"
     r"|(?:it (?:is|was) )?not (?:found|given|stated|mentioned|specified)(?: (?:in|on) .*)?"
 )

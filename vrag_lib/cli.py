@@ -140,7 +140,9 @@ def _serve(commands) -> None:
         named = {"retrieval.kind": arguments.retriever, "retrieval.model": arguments.model}
         config = _read(arguments, named)
         corpus = open_corpus(arguments.path, config)
-        serve(make_retriever(corpus, config), corpus, host=arguments.host, port=arguments.port)
+        serve(
+            make_retriever(corpus, config), corpus, arguments.host, arguments.port, top_k=config.retrieval.depth
+        )
 
     what = "answer GET /search as the authors' search server does"
     parser = _command(commands, "serve", run, what, [("path", "folder or file of documents")])
@@ -348,7 +350,7 @@ def _grpo(commands) -> None:
         from vrag_lib.training import is_main_process
 
         config = _read(arguments, experiment=True)
-        model = reinforce(config, arguments.checkpoint, seed=arguments.seed)
+        model = reinforce(config, arguments.checkpoint, seed=arguments.seed, judge=_judge(arguments, config))
         if is_main_process():
             keep_sample(model.parent, config.grpo.group_size)
             print(f"model  {model}\ncurves {draw_runs(config.folder('grpo'), config.grpo.recipe)}")
@@ -356,6 +358,25 @@ def _grpo(commands) -> None:
     what = "train the policy by GRPO on the questions that `vrag synthesize` set apart"
     parser = _command(commands, "grpo", run, what, [("checkpoint", "folder of the policy to start from")])
     parser.add_argument("--seed", type=int, help="seed of the training, on the same questions (default: the preset's)")
+    _judge_options(parser)
+
+
+def _judge_options(parser) -> None:
+    parser.add_argument("--judge-model", help="let this model behind an endpoint judge (default: the rule judge)")
+    parser.add_argument("--judge-url", help="the judge's endpoint (default: the policy's)")
+
+
+def _judge(arguments, config):
+    from vrag_lib.judge import rule_judge
+
+    if not arguments.judge_model:
+        return rule_judge
+    from vrag_lib.judge_openai import OpenAIJudge
+
+    url = arguments.judge_url or config.policy.base_url
+    if not url:
+        raise ValueError("--judge-model needs --judge-url, or policy.base_url= where the policy's endpoint judges too")
+    return OpenAIJudge(url, arguments.judge_model, api_key_env=config.policy.api_key_env)
 
 
 def _evaluate(commands) -> None:
@@ -375,21 +396,9 @@ def _evaluate(commands) -> None:
         frame = evaluate_datasets(
             dict(zip(names, paths or [None] * len(names), strict=True)), config, arguments.out, agent=arguments.agent,
             split=arguments.split, limit=arguments.limit, partial=arguments.partial, seeds=arguments.seeds,
-            judge=judge(arguments, config),
+            judge=_judge(arguments, config),
         )  # fmt: skip
         print(summary_table(frame).round(3).to_string(index=False))
-
-    def judge(arguments, config):
-        from vrag_lib.judge import rule_judge
-
-        if not arguments.judge_model:
-            return rule_judge
-        from vrag_lib.judge_openai import OpenAIJudge
-
-        url = arguments.judge_url or config.policy.base_url
-        if not url:
-            raise ValueError("--judge-model needs --judge-url, or --base-url where the policy's endpoint judges too")
-        return OpenAIJudge(url, arguments.judge_model, api_key_env=config.policy.api_key_env)
 
     what = "measure an agent on benchmarks: minidocs, public ones (fetched once), or local copies"
     parser = _command(commands, "evaluate", run, what)
@@ -404,8 +413,7 @@ def _evaluate(commands) -> None:
     parser.add_argument("--policy", help="extractive, transformers or openai (default: the preset's)")
     parser.add_argument("--model", help="the policy's model: path, hub id or the endpoint's name for it")
     parser.add_argument("--base-url", help="endpoint of an OpenAI-compatible server, up to and including /v1")
-    parser.add_argument("--judge-model", help="let this model behind an endpoint judge (default: the rule judge)")
-    parser.add_argument("--judge-url", help="the judge's endpoint (default: the policy's)")
+    _judge_options(parser)
     parser.add_argument("--limit", type=int, help="ask only so many questions, evenly spread")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of sampling, one pass each")
     parser.add_argument("--out", help="results folder (default: below the preset's)")

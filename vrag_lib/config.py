@@ -54,7 +54,7 @@ class RetrievalConfig:
     engine: str = _doc("byaldi", "visual: byaldi (one page at a time) or native (batches, the same embeddings)")
     dtype: str = _doc("bfloat16", "visual: bfloat16 (byaldi takes nothing else) or float32")
     url: str = _doc("", "remote: base URL of a search server")
-    depth: int = _doc(10, "pages ranked per query; one of them is shown (the authors' server returns 10)")
+    depth: int = _doc(10, "pages per query that `vrag serve` answers with (the authors' server: 10)")
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,11 @@ class SFTConfig:
 
 @dataclass(frozen=True)
 class GRPOConfig:
-    """Reinforcement learning; the defaults are the paper's (Table 6) or, where it is silent, the released script's."""
+    """Reinforcement learning; the defaults are the paper's (Table 6) or, where it is silent, the released script's.
+
+    Deviation: one optimizer step on all 160 trajectories of a rollout. The paper names a mini-batch of 64, the script
+    takes five steps on 32 each (`updates_per_step=5`), and groups are not split here.
+    """
 
     recipe: str = _doc("paper", "reward: paper, paper_cold_start, released_code, ... (rewards.RECIPES)")
     steps: int = _doc(62, "rollouts: each samples questions_per_step x group_size trajectories")
@@ -190,7 +194,7 @@ class GRPOConfig:
     iterations: int = _doc(1, "times a rollout is trained on")
     micro_batch_size: int = _doc(1, "trajectories per forward pass and process")
     learning_rate: float = _doc(1e-6, "peak learning rate of AdamW (LoRA: about ten times as much)")
-    warmup_steps: int = _doc(5, "optimizer steps over which the learning rate rises, from 0 at the first")
+    warmup_steps: int = _doc(18, "optimizer steps over which the learning rate rises (paper: 0.285 of them; script: 5)")
     schedule: str = _doc("constant_with_warmup", "after the warm-up: constant_with_warmup, linear or cosine")
     max_grad_norm: float = _doc(1.0, "gradients are scaled down to this norm")
     advantage: str = _doc("group", "baseline of a reward: group (mean of the group) or leave_one_out")

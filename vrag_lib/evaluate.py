@@ -14,7 +14,6 @@ averaged first; a judge that gives no verdict is neither right nor wrong, and co
 from __future__ import annotations
 
 import json
-import logging
 import math
 import re
 from collections import Counter
@@ -30,7 +29,7 @@ from vrag_lib.answer_metrics import METRICS, is_answerable, is_refusal
 from vrag_lib.config import EnvironmentConfig, provenance
 from vrag_lib.corpus import Corpus, Question
 from vrag_lib.geometry import iou
-from vrag_lib.judge import Judge, rule_judge
+from vrag_lib.judge import Judge, rule_judge, verdicts
 from vrag_lib.policy import Policy
 from vrag_lib.rendering import read_json, write_atomically
 from vrag_lib.retrieval import Retriever
@@ -41,8 +40,6 @@ from vrag_lib.trajectory import Trajectory, clean_text, read_trajectories, write
 
 if TYPE_CHECKING:
     import pandas as pd
-
-logger = logging.getLogger(__name__)
 
 DEFAULT_METRICS = ("exact", "f1", "anls")
 
@@ -104,24 +101,9 @@ def _verdicts(judge: Judge, trajectories: Sequence[Trajectory], asked: Sequence[
         for i, (trajectory, question) in enumerate(zip(trajectories, asked, strict=True))
         if trajectory.answer is not None
     }
-    different = list(dict.fromkeys(items.values()))
-    if hasattr(judge, "many"):
-        found = dict(zip(different, judge.many(different), strict=True))
-    else:
-        found = {item: _ask_judge(judge, item) for item in different}
-    given = [found[items[i]] if i in items else False for i in range(len(trajectories))]
-    without = sum(verdict is None for verdict in given)
-    if without:
-        logger.warning("the judge gave no verdict on %d of %d answers", without, len(items))
+    found = dict(zip(items, verdicts(judge, list(items.values())), strict=True))
+    given = [found.get(i, False) for i in range(len(trajectories))]
     return [math.nan if verdict is None else float(verdict) for verdict in given]
-
-
-def _ask_judge(judge: Judge, item: tuple[str, str, str]) -> bool | None:
-    try:
-        return judge(*item)
-    except Exception as error:  # a model judge may fail in any way; that must cost this verdict only
-        logger.warning("no verdict on %r: %s", item[2][:80], error)
-        return None
 
 
 def _identity(trajectory: Trajectory, question: Question) -> dict[str, Any]:

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from vrag_lib.policy_transformers import TransformersPolicy
 
 Reward = Callable[[Trajectory], Trajectory]
-"""Returns the trajectory with its named rewards, each (score, weight)."""
+"""Returns the trajectory with its named rewards, each (score, weight), NaN for one that is unknown. One with `many`, as
+`rewards.Scorer`, gets all trajectories of a rollout at once."""
 
 Credit = Callable[[Trajectory], Mapping[str, Sequence[float]]]
 """For some rewards of a trajectory, a weight for each of its turns: which turns the reward is credited to."""
@@ -168,7 +169,7 @@ def train_grpo(
     """
     from vrag_lib.grpo_trainer import AgentGRPOTrainer
     from vrag_lib.policy_transformers import TransformersPolicy
-    from vrag_lib.rewards import score
+    from vrag_lib.rewards import Scorer
 
     config.validate(process_count())
     if not questions:
@@ -191,7 +192,7 @@ def train_grpo(
         config,
         folder,
         environment=environment or EnvironmentConfig(),
-        reward=reward or score,
+        reward=reward or Scorer(),
         credit=credit,
         sampler=sampler,
         seed=seed,

@@ -220,7 +220,8 @@ class AgentGRPOTrainer(RunFolder, trl.GRPOTrainer):
         for phase in ("generate", "retrieve"):
             self._sums[f"seconds_{phase}"] += sum(t.timings[phase] for t in trajectories)
         start = time.perf_counter()
-        rewarded = [self.reward(trajectory) for trajectory in trajectories]
+        many = getattr(self.reward, "many", None)  # a model judge answers many questions at once
+        rewarded = many(trajectories) if many else [self.reward(trajectory) for trajectory in trajectories]
         self._sums["seconds_judge"] += time.perf_counter() - start
         return rewarded
 

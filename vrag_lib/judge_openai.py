@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from vrag_lib.endpoint import Completion, Endpoint, EndpointError, Message, Request, Usage, quote_data
-from vrag_lib.judge import MAX_ANSWER_CHARS
+from vrag_lib.judge import MAX_ANSWER_CHARS, JudgeError
 
 _VERDICT = re.compile(r"<judge>\s*(true|false)\s*</judge>", re.I)
 
@@ -40,10 +40,6 @@ _REMINDER = (
 
 Item = tuple[str, str, str]
 """(question, reference answer, given answer)."""
-
-
-class JudgeError(RuntimeError):
-    """The judge gave no verdict; the message begins with the kind of failure."""
 
 
 class OpenAIJudge:

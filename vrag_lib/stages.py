@@ -22,7 +22,7 @@ from typing import Any
 from vrag_lib.config import Config, ConfigError, save_config
 from vrag_lib.corpus import Corpus, Question, document_stem
 from vrag_lib.factory import make_retriever, make_sampler, scale_policy
-from vrag_lib.judge import Judge
+from vrag_lib.judge import Judge, rule_judge
 from vrag_lib.policy import Policy
 from vrag_lib.retrieval import Retriever
 from vrag_lib.trajectory import Trajectory, read_trajectories, write_trajectories
@@ -129,8 +129,6 @@ def make_expert_policy(config: Config, questions: Sequence[Question], corpus: Co
 
 def make_judge(config: Config) -> Judge:
     """Who accepts an expert's answer: scripted like the experts, or the rule judge."""
-    from vrag_lib.judge import rule_judge
-
     if config.synthesis.experts != "scripted":
         return rule_judge
     from vrag_lib.experts_scripted import ScriptedJudge
@@ -250,17 +248,19 @@ def reinforce(
     *,
     folder: Path | None = None,
     seed: int | None = None,
+    judge: Judge = rule_judge,
 ) -> Path:
     """Train a checkpoint, the cold start's as a rule, by GRPO on the questions set apart for it, with the reward that
     `grpo.recipe` names. Returns the folder of the trained adapter or checkpoint.
 
     seed: train with another one than `config.seed`, from which follows which questions are set apart; so the seeds of
-    one experiment share their questions. folder: write elsewhere than to `grpo/<recipe>_seed_<seed>`.
+    one experiment share their questions. folder: write elsewhere than to `grpo/<recipe>_seed_<seed>`. judge: of answers
+    (the paper: a model, `judge_openai`); where it gives no verdict, a trajectory takes no part in its group.
 
     Raises ConfigError for an unknown recipe, or an engine that is not installed.
     """
     from vrag_lib.grpo import train_grpo
-    from vrag_lib.rewards import RECIPES, score
+    from vrag_lib.rewards import RECIPES, Scorer
     from vrag_lib.training import use_own_card
 
     use_own_card()
@@ -279,7 +279,7 @@ def reinforce(
         config.grpo,
         folder,
         environment=config.environment,
-        reward=functools.partial(score, recipe=RECIPES[config.grpo.recipe]),
+        reward=Scorer(RECIPES[config.grpo.recipe], judge),
         sampler=make_sampler(checkpoint, apart.corpus, config),
         seed=seed,
         device=config.policy.device,
