@@ -16,12 +16,13 @@ from tiny_agent import random_checkpoint
 import vrag_lib.matrix as matrix
 from vrag_lib.actions import ActionKind
 from vrag_lib.agents import VANILLA_PAGES
+from vrag_lib.claims import depends_on
 from vrag_lib.cli import main
 from vrag_lib.config import ConfigError, load_config, read_config, to_dict
 from vrag_lib.judge import rule_judge
 from vrag_lib.matrix import KEPT, Outcome, cell_folder, read_curves, read_records, read_rows, run_matrix, states
 from vrag_lib.matrix_cells import CELLS, CHAINS, Cell, cell_config, find_cells
-from vrag_lib.matrix_training import FORMS, MatrixError, Workbench, depends_on
+from vrag_lib.matrix_training import FORMS, MatrixError, Workbench
 from vrag_lib.paper_numbers import ABLATIONS, EFFECTS
 from vrag_lib.rewards import RECIPES
 from vrag_lib.stages import training_questions

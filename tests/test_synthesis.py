@@ -147,7 +147,7 @@ def test_a_search_engine_that_fails_is_counted_by_kind(tmp_path):
 
 def test_samples_of_other_settings_do_not_mix(tmp_path):
     run(tmp_path)
-    with pytest.raises(SynthesisError, match="holds samples of other settings: seed=7 not 8; give another folder"):
+    with pytest.raises(SynthesisError, match="made with other settings: seed=7 not 8; use those, give another folder"):
         run(tmp_path, seed=8, run_id="seeded:7")
     with pytest.raises(SynthesisError, match="samples_per_question=3 not 2"):
         run(tmp_path, samples_per_question=2)

@@ -140,9 +140,7 @@ def _serve(commands) -> None:
         named = {"retrieval.kind": arguments.retriever, "retrieval.model": arguments.model}
         config = _read(arguments, named)
         corpus = open_corpus(arguments.path, config)
-        serve(
-            make_retriever(corpus, config), corpus, arguments.host, arguments.port, top_k=config.retrieval.depth
-        )
+        serve(make_retriever(corpus, config), corpus, arguments.host, arguments.port, top_k=config.retrieval.depth)
 
     what = "answer GET /search as the authors' search server does"
     parser = _command(commands, "serve", run, what, [("path", "folder or file of documents")])

@@ -293,12 +293,21 @@ def _gpu(preset: str, model: str, **policy: Any) -> Config:
 def _paper() -> Config:
     one_card = _gpu("paper", "Qwen/Qwen2.5-VL-7B-Instruct", batch_size=32)
     full = {"lora_rank": 0, "gradient_checkpointing": True}
-    return dataclasses.replace(one_card, sft=SFTConfig(**full), grpo=GRPOConfig(**full))
+    # All weights, gathered in float32 on every card for a rollout, leave an engine of vLLM's no room on 80 GB.
+    rollout = RolloutConfig(engine="transformers")
+    return dataclasses.replace(one_card, rollout=rollout, sft=SFTConfig(**full), grpo=GRPOConfig(**full))
+
+
+def _gpu_3b() -> Config:
+    """Cut to 24 GB (`memory.expected_memory`)."""
+    whole = _gpu("gpu_3b", "Qwen/Qwen2.5-VL-3B-Instruct")
+    rollout = dataclasses.replace(whole.rollout, gpu_memory_utilization=0.35)
+    return dataclasses.replace(whole, rollout=rollout, sft=dataclasses.replace(whole.sft, max_tokens=12288))
 
 
 PRESETS: dict[str, Config] = {
     "laptop": Config(),
-    "gpu_3b": _gpu("gpu_3b", "Qwen/Qwen2.5-VL-3B-Instruct"),
+    "gpu_3b": _gpu_3b(),
     "gpu_7b": _gpu("gpu_7b", "Qwen/Qwen2.5-VL-7B-Instruct"),
     "paper": _paper(),
 }

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vrag_lib.claims import claim, depends_on, model_fingerprint, text_fingerprint
 from vrag_lib.config import Config, ConfigError, save_config
 from vrag_lib.corpus import Corpus, Question, document_stem
 from vrag_lib.factory import make_retriever, make_sampler, scale_policy
@@ -39,6 +40,9 @@ _SCRIPTED = (
     "Both are scripted experts: programs that know the answers of MiniDocs and make stated, seeded mistakes "
     "(`vrag_lib.experts_scripted`). No model wrote any of this."
 )
+INPUTS = "inputs.json"
+"""What a training depends on: model, data and settings. One with others does not go on in the same folder."""
+
 SMOKE_DOCUMENTS = 4
 """Documents of each split in a smoke run."""
 
@@ -196,20 +200,33 @@ def fine_tune(
     balanced draw is balanced at any length). Returns the folder of the trained checkpoint or adapter.
 
     checkpoint, data, folder: start from another model, learn from other trajectories, write elsewhere.
+
+    Raises ConfigError without a model or trajectories, CheckpointError for a model that is not there, ClaimError for a
+    folder in which something else was trained.
     """
     from vrag_lib.sft import train_sft
-    from vrag_lib.training import use_own_card
+    from vrag_lib.training import check_checkpoint, use_own_card
 
     use_own_card()
     model = checkpoint or config.policy.model or scale_policy()
     if not model:
         raise ConfigError("fine-tuning needs policy.model=, a path or hub id of a Qwen2-VL-type model")
-    train = train or collection(config, "train")
+    check_checkpoint(model)
     if data is None:
-        data = read_trajectories(config.folder("synthesis") / "trajectories.parquet")
+        path = config.folder("synthesis") / "trajectories.parquet"
+        if not path.is_file():
+            raise ConfigError(f"there is no {path}: `vrag synthesize --preset {config.preset}` makes it")
+        data = read_trajectories(path)
     data = data if trajectories is None else data[:trajectories]
     held_out = max(1, len(data) // 50)
     folder = folder or sft_folder(config, len(data))
+    inputs = {
+        "model": model_fingerprint(str(model)),
+        "trajectories": text_fingerprint([(t.id, [reply.text for reply in t.replies]) for t in data]),
+        "config": depends_on(config, "environment", "sft"),
+    }
+    claim(folder, inputs, INPUTS)
+    train = train or collection(config, "train")
     save_config(config, folder)
     return train_sft(
         model,
@@ -231,7 +248,7 @@ def sft_folder(config: Config, trajectories: int) -> Path:
 def find_cold_start(config: Config) -> Path | None:
     """The finished cold start of this config and seed on the most trajectories, for `reinforce`; None if there is none.
 
-    A cold start with LoRA is an adapter; `training.merge_adapter` makes the checkpoint of it.
+    A cold start with LoRA is an adapter, which `reinforce` merges into its checkpoint first.
     """
     made = {
         int(folder.name.partition("_")[0]): folder / "final"
@@ -257,20 +274,30 @@ def reinforce(
     one experiment share their questions. folder: write elsewhere than to `grpo/<recipe>_seed_<seed>`. judge: of answers
     (the paper: a model, `judge_openai`); where it gives no verdict, a trajectory takes no part in its group.
 
-    Raises ConfigError for an unknown recipe, or an engine that is not installed.
+    Raises ConfigError for an unknown recipe, or an engine that is not installed, CheckpointError for a checkpoint that
+    is not there, ClaimError for a folder in which something else was trained.
     """
     from vrag_lib.grpo import train_grpo
     from vrag_lib.rewards import RECIPES, Scorer
-    from vrag_lib.training import use_own_card
+    from vrag_lib.training import check_checkpoint, use_own_card, whole_checkpoint
 
     use_own_card()
     if config.grpo.recipe not in RECIPES:
         raise ConfigError(f"grpo.recipe is one of {', '.join(RECIPES)}, not {config.grpo.recipe!r}")
-    train = train or collection(config, "train")
+    check_checkpoint(checkpoint)
     seed = config.seed if seed is None else seed
     folder = folder or config.folder("grpo") / f"{config.grpo.recipe}_seed_{seed}"
+    checkpoint = whole_checkpoint(checkpoint, folder / "start")
+    apart = set_apart(config, train or collection(config, "train"))
+    inputs = {
+        "model": model_fingerprint(str(checkpoint)),
+        "questions": text_fingerprint([(q.uid, q.query, q.reference_answer, q.gold_page_ids) for q in apart.questions]),
+        "judge": getattr(judge, "name", getattr(judge, "__name__", "")),
+        "seed": seed,
+        "config": depends_on(config, "environment", "retrieval", "grpo"),
+    }
+    claim(folder, inputs, INPUTS)
     save_config(config, folder)
-    apart = set_apart(config, train)
     return train_grpo(
         checkpoint,
         apart.questions,

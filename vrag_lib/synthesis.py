@@ -16,7 +16,6 @@ asks for it (T20).
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import threading
 import time
@@ -30,10 +29,11 @@ from typing import Any
 
 from tqdm import tqdm
 
+from vrag_lib.claims import claim, text_fingerprint
 from vrag_lib.config import EnvironmentConfig
 from vrag_lib.corpus import Corpus, Question
 from vrag_lib.policy import Policy
-from vrag_lib.rendering import read_json, write_atomically
+from vrag_lib.rendering import read_json
 from vrag_lib.retrieval import Retriever
 from vrag_lib.rollout import rollout, trajectory_id
 from vrag_lib.trajectory import StopReason, Trajectory, read_trajectories, write_trajectories
@@ -101,7 +101,7 @@ def sample(
         folder,
         {
             "policy": policy.name,
-            "questions": _fingerprint([(q.uid, q.query, q.reference_answer, q.gold_page_ids) for q in questions]),
+            "questions": text_fingerprint([(q.uid, q.query, q.reference_answer, q.gold_page_ids) for q in questions]),
             "corpus": corpus.fingerprint,
             "retriever": retriever.name,
             "environment": asdict(environment),
@@ -191,33 +191,9 @@ def _tasks(questions: Sequence[Question], count: int, seed: int, run_id: str) ->
 
 def _claim(folder: Path, settings: dict[str, Any]) -> None:
     """Write what the samples depend on, or make sure that it is what those already there depend on."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / _SETTINGS
-    settings = json.loads(json.dumps(settings)) | {"fingerprint": _fingerprint(settings)}
-    present = read_json(path)
-    if present is None:
-        if any(folder.glob("samples-*.parquet")):
-            raise SynthesisError(f"{folder} holds samples but no readable {_SETTINGS}; give another folder")
-        write_atomically(path, (json.dumps(settings, indent=1) + "\n").encode())
-        return
-    if present == settings:
-        return
-    there, here = _flat(present), _flat(settings)
-    differing = sorted(key for key in there.keys() | here.keys() if there.get(key) != here.get(key))
-    listed = ", ".join(f"{key}={there.get(key)!r} not {here.get(key)!r}" for key in differing if key != "fingerprint")
-    raise SynthesisError(f"{folder} holds samples of other settings: {listed}; give another folder or those settings")
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
-def _fingerprint(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+    if read_json(folder / _SETTINGS) is None and any(folder.glob("samples-*.parquet")):
+        raise SynthesisError(f"{folder} holds samples but no readable {_SETTINGS}; give another folder")
+    claim(folder, settings, _SETTINGS, SynthesisError)
 
 
 class _Shard:
