@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 
 import pandas as pd
 import pytest
+from chat_server import running_server, say, send
 
 from vrag_lib.config import ConfigError, load_config
 from vrag_lib.corpus import document_stem
@@ -19,6 +22,7 @@ from vrag_lib.stages import (
     synthesize,
     training_questions,
 )
+from vrag_lib.synthesis import SynthesisError
 from vrag_lib.trajectory import read_trajectories
 
 
@@ -66,6 +70,64 @@ def test_again_changes_nothing(made):
     config, train, folder = made
     before = read_trajectories(folder / "trajectories.parquet")
     assert read_trajectories(synthesize(config, train) / "trajectories.parquet") == before
+
+
+@pytest.fixture
+def endpoint(made, tmp_path, monkeypatch):
+    """Config, documents and server of two experts behind an endpoint: a planner that searches, crops and answers
+    rightly the two questions of the cold start, and a grounding expert that the endpoint does not know."""
+    monkeypatch.setenv("VRAG_CACHE", str(tmp_path / "cache"))
+    _, train, _ = made
+    documents = sorted({question.file_name for question in train.questions})[:2]
+    questions = [q for name in documents for q in [q for q in train.questions if q.file_name == name][:2]]
+    answers = {question.query: question.reference_answer for question in questions}
+
+    def plan(handler, body):
+        said = [message for message in body["messages"] if message["role"] == "assistant"]
+        question = body["messages"][1]["content"].rsplit("Question: ", 1)[1]
+        actions = [f"<search>{question}", "<bbox>[1, 2, 50, 60]", f"<answer>{answers[question]}"]
+        say(f"<think>step by step</think>{actions[len(said)]}")(handler, body)
+
+    with running_server() as server:
+        grounders = [send('{"error": "no model grounder"}', 404)]
+
+        def reply(handler, body):
+            is_planner = body["model"] == "planner"
+            (plan if is_planner else grounders[0] if len(grounders) == 1 else grounders.pop(0))(handler, body)
+
+        server.behaviours = [reply]
+        overrides = [
+            "experts=openai",
+            "planner=planner",
+            "grounder=grounder",
+            "samples_per_question=1",
+            "concurrency=1",
+        ]
+        settings = [f"policy.base_url={server.url}", *(f"synthesis.{text}" for text in overrides)]
+        few = dataclasses.replace(train, questions=tuple(questions))
+        yield config_of(tmp_path / "results", *settings), few, server, grounders
+
+
+def test_a_grounding_expert_that_is_not_there_is_named_and_nothing_is_passed_off_as_its_work(endpoint, caplog):
+    config, few, server, grounders = endpoint
+    with pytest.raises(SynthesisError, match=r"located 0 of 2 boxes.*'bad_request': 2.*synthesis\.grounder=") as caught:
+        synthesize(config, few)
+    assert server.url in str(caught.value)
+    folder = config.folder("synthesis")
+    assert not (folder / "trajectories.parquet").exists()
+    assert json.loads((folder / "experts.json").read_text())["counts"] == {"kept_box_failed": 2}
+    with pytest.raises(SynthesisError, match="located 0 of 2 boxes"):  # nor the next time, when nothing is sampled
+        synthesize(config, few)
+    shutil.rmtree(folder / "samples")
+    grounders.append(say("[5, 10, 60, 70]"))
+    synthesize(config, few)
+    assert "located 1 of 2 boxes" in caplog.text
+    record = json.loads((folder / "experts.json").read_text())
+    assert record["counts"] == {"relocated": 1, "kept_box_failed": 1}
+    assert record["experts"]["grounder"]["given_up"] == {"bad_request": 1}
+    card = (folder / "README.md").read_text()
+    assert "| relocated | 1 |" in card and "| box failed: bad_request | 1 |" in card
+    assert "| grounder | openai:grounder | 2 |" in card and "| bad_request: 1 | bad_request: 1 |" in card
 
 
 @pytest.mark.parametrize(

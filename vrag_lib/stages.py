@@ -144,9 +144,14 @@ def synthesize(config: Config, train: Collection | None = None) -> Path:
     """Sample trajectories from the experts, filter and balance them, export them; returns the folder.
 
     `synthesis/samples/` all samples, `trajectories.parquet` those chosen for SFT, `funnel.csv`, `rl_questions.json`,
-    `dataset/` (Hugging Face), `llamafactory/`, and the data card `README.md`.
+    `dataset/` (Hugging Face), `llamafactory/`, `experts.json` (what the experts did and cost, where they count it), and
+    the data card `README.md`.
+
+    Raises ConfigError as `make_expert_policy`, SynthesisError as `sample` and where the grounding expert failed on
+    every box.
     """
     from vrag_lib.corpus_formats import write_unified
+    from vrag_lib.expert_record import check_record, keep_record, write_record
     from vrag_lib.synthesis import sample
     from vrag_lib.synthesis_export import write_card, write_dataset, write_llama_factory
     from vrag_lib.synthesis_filters import balance, filter_trajectories
@@ -155,22 +160,27 @@ def synthesize(config: Config, train: Collection | None = None) -> Path:
     settings, folder = config.synthesis, config.folder("synthesis")
     cold_start, for_rl = training_questions(config, train.questions)
     policy = make_expert_policy(config, cold_start, train.corpus)
-    name = settings.variant + ("_oracle" if settings.oracle_pages else "")
-    samples = sample(
-        policy,
-        cold_start,
-        train.corpus,
-        train.retriever,
-        config.environment,
-        folder / "samples" / name,
-        samples_per_question=settings.samples_per_question,
-        seed=config.seed,
-        workers=settings.concurrency if settings.experts == "openai" else 1,
-        batch_size=64,
-        oracle=settings.oracle_pages,
-        settings={"synthesis": dataclasses.asdict(settings)},
-        preset=config.preset,
-    )
+    sampled = folder / "samples" / (settings.variant + ("_oracle" if settings.oracle_pages else ""))
+    try:
+        samples = sample(
+            policy,
+            cold_start,
+            train.corpus,
+            train.retriever,
+            config.environment,
+            sampled,
+            samples_per_question=settings.samples_per_question,
+            seed=config.seed,
+            workers=settings.concurrency if settings.experts == "openai" else 1,
+            batch_size=64,
+            oracle=settings.oracle_pages,
+            settings={"synthesis": dataclasses.asdict(settings)},
+            preset=config.preset,
+        )
+    finally:
+        experts = keep_record(policy, sampled)
+    write_record(experts, folder)
+    check_record(experts, policy, sampled)
     result = filter_trajectories(samples, make_judge(config))
     chosen = balance(result.kept, settings.trajectories, config.seed)
     funnel = result.funnel.with_stage("balance", len(chosen))
@@ -182,7 +192,9 @@ def synthesize(config: Config, train: Collection | None = None) -> Path:
         write_llama_factory(chosen, train.corpus, folder / "llamafactory"),
     ]
     about = _ABOUT[settings.variant] + (" " + _SCRIPTED if settings.experts == "scripted" else "")
-    write_card(folder, chosen, funnel, questions=cold_start, seed=config.seed, exported=exported, about=about)
+    write_card(
+        folder, chosen, funnel, questions=cold_start, seed=config.seed, exported=exported, about=about, experts=experts
+    )
     save_config(config, folder)
     return folder
 

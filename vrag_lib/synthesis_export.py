@@ -232,12 +232,13 @@ def write_card(
     exported: Sequence[Exported] = (),
     title: str = "Cold-start trajectories",
     about: str = "",
+    experts: Mapping[str, Any] | None = None,
 ) -> Path:
     """README.md in `folder`: who wrote the trajectories, counts, funnel, seeds and provenance.
 
     questions: all that were sampled, so that the card shows which kinds of them are missing among `trajectories`.
     seed: of the sampling run. exported: what was written for other tools.
-    about: a paragraph on how the experts worked together, in words.
+    about: a paragraph on how the experts worked together, in words. experts: what they did (`expert_record`).
     """
     path = Path(folder) / "README.md"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -257,6 +258,7 @@ def write_card(
             ["policy", "run", "preset", "trajectories"],
             [[*run, count] for run, count in sorted(runs.items())],
         ),
+        *_expert_tables(experts or {}),
         "## What became of the samples",
         _table(
             ["stage", "kept", "dropped", "kept of all sampled"],
@@ -279,6 +281,34 @@ def write_card(
     ]
     write_atomically(path, ("\n\n".join(part for part in parts if part) + "\n").encode())
     return path
+
+
+def _expert_tables(record: Mapping[str, Any]) -> list[str]:
+    """What became of boxes or replies, and what endpoints were asked, failed at and cost; nothing where not counted."""
+    if not record:
+        return []
+    counts = [[name.replace("_", " "), count] for name, count in record["counts"].items()]
+    counts += [[f"box failed: {kind}", count] for kind, count in record["failed_boxes"].items()]
+    columns = ("name", "requests", "cache_hits", "prompt_tokens", "completion_tokens", "cost")
+    rows = [
+        [
+            role,
+            *(expert.get(column, 0) for column in columns),
+            *(_listed(expert.get(k)) for k in ("failures", "given_up")),
+        ]
+        for role, expert in record["experts"].items()
+        if "requests" in expert
+    ]
+    header = ["expert", *(column.replace("_", " ") for column in columns), "failed attempts", "given up"]
+    return [
+        "What they did, over all runs that were not killed (`experts.json`):",
+        *([_table(["what", "times"], counts)] if counts else []),
+        *([_table(header, rows)] if rows else []),
+    ]
+
+
+def _listed(counts: Mapping[str, int] | None) -> str:
+    return ", ".join(f"{name}: {count}" for name, count in (counts or {}).items()) or "none"
 
 
 def _count_tables(trajectories: Sequence[Trajectory]) -> list[str]:
@@ -320,10 +350,7 @@ def _question_tables(questions: Sequence[Question], answered: Mapping[str, int])
 
 
 def _export_tables(exported: Sequence[Exported]) -> list[str]:
-    rows = [
-        [f"`{e.path.name}`", e.rows, ", ".join(f"{reason}: {n}" for reason, n in e.left_out.items()) or "none"]
-        for e in exported
-    ]
+    rows = [[f"`{e.path.name}`", e.rows, _listed(e.left_out)] for e in exported]
     return [_table(["export", "trajectories", "left out"], rows)] if rows else []
 
 
