@@ -306,7 +306,7 @@ def run(
     batch_size: int = 8,
     workers: int = 1,
     max_sampled_tokens: int | None = None,
-    retry_errors: bool = False,
+    retry_errors: bool = True,
     judge: Judge = rule_judge,
     metrics: Sequence[str] = DEFAULT_METRICS,
     preset: str = "",
@@ -317,9 +317,11 @@ def run(
 
     Trajectories are kept in `samples/` as they end (`synthesis.sample`): after a kill the same call makes what is
     missing and nothing twice, and with another judge or other metrics it only scores again. `retry_errors` makes those
-    again whose policy or search failed. `settings`: what else the trajectories depend on, such as a checkpoint.
+    again that failed but not by the model's doing, see `sample`. `settings`: what else the trajectories depend on, such
+    as a checkpoint.
 
-    Raises SynthesisError when the folder holds trajectories of other settings, ValueError as `evaluate_trajectories`.
+    Raises SynthesisError when the folder holds trajectories of other settings, SamplingError when all of a seed failed
+    (nothing is scored then, the samples are kept), ValueError as `evaluate_trajectories`.
     """
     folder = Path(folder)
     if not seeds or len(set(seeds)) != len(seeds):

@@ -126,7 +126,7 @@ def evaluate_datasets(
     seeds: Sequence[int] | None = None,
     judge: Judge = rule_judge,
     metrics: Sequence[str] = (),
-    retry_errors: bool = False,
+    retry_errors: bool = True,
 ) -> pd.DataFrame:
     """What `vrag evaluate` does: open, index, `run`, with the datasets' official metrics beside the default ones.
 

@@ -4,8 +4,9 @@
                           samples_per_question=2, seed=0)
 
 The samples are cut into shards, `samples-00000.parquet` and so on, in the order of the questions. A shard is written
-while its trajectories end; after a kill the same call samples what is missing and nothing twice. `settings.json` says
-what the samples depend on, so that samples of different settings never mix.
+while its trajectories end; after a kill the same call samples what is missing and nothing twice, except what failed
+for want of an endpoint, a search engine or a page. `settings.json` says what the samples depend on, so that samples of
+different settings never mix.
 
 Deviations from the released code: trajectories come out of the environment that the policy will be trained in, with
 its images, budget and boxes, not out of a pipeline of their own (trap T8); finished samples are kept as they end (S8)
@@ -48,9 +49,20 @@ SAVE_SECONDS = 5.0
 
 _SETTINGS = "settings.json"
 
+OF_THE_MODEL = frozenset({"refusal", "too_large"})
+"""Kinds of failure that are the model's own doing and so a result; to sample again until they are gone would flatter
+it. All others (an endpoint, a search engine, a page file) say nothing about it."""
+
 
 class SynthesisError(ValueError):
     """A folder or a set of questions that cannot be sampled into; the message names the remedy."""
+
+
+class SamplingError(RuntimeError):
+    """Every sample failed, so there is no result; the message says how and what to do."""
+
+    exit_status = 1
+    """Of the command line: what was asked for was right, the run was not."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +88,7 @@ def sample(
     batch_size: int = 8,
     max_sampled_tokens: int | None = None,
     oracle: bool = False,
-    retry_errors: bool = False,
+    retry_errors: bool = True,
     run_id: str = "",
     preset: str = "",
     settings: Mapping[str, Any] | None = None,
@@ -86,13 +98,15 @@ def sample(
     workers: shards sampled at once, each in a thread; for policies that wait for a network and can be called from
         several threads. Neither it nor `batch_size` changes the trajectories or their order.
     oracle: show the gold pages first if they rank at all (`experts.GoldFirstRetriever`, trap T20).
-    retry_errors: sample those again whose policy or search failed; they stay as they are otherwise.
+    retry_errors: sample those again that failed earlier, but not by the model's own doing (`OF_THE_MODEL`): an
+        endpoint that was away must not leave wrong answers for good.
     run_id: enters every trajectory's id; made of policy, oracle and seed when empty.
     settings: more that the samples depend on and names do not tell (temperatures, models), as plain JSON.
 
     What a policy or a search engine does wrong ends up as `error` trajectories, see `count_errors`. Raises
-    SynthesisError for a folder with samples of other settings, for no samples, and for a uid that occurs twice; an
-    exception of the policy itself is passed on once the other workers' shards are written.
+    SynthesisError for a folder with samples of other settings, for no samples, and for a uid that occurs twice;
+    SamplingError, once all is written, when nothing but failures that are not the model's own came of it; an exception
+    of the policy itself is passed on once the other workers' shards are written.
     """
     _check(questions, samples_per_question, workers)
     folder = Path(folder)
@@ -138,9 +152,7 @@ def sample(
 
     _fill(shards, roll, retriever, workers, oracle, retry_errors)
     trajectories = [trajectory for shard in shards for trajectory in shard.trajectories()]
-    errors = count_errors(trajectories)
-    if errors:
-        logger.warning("%d of %d samples failed: %s", sum(errors.values()), len(trajectories), errors)
+    _report_errors(trajectories, folder)
     return trajectories
 
 
@@ -157,8 +169,29 @@ def read_samples(folder: str | Path) -> list[Trajectory]:
 
 def count_errors(trajectories: Iterable[Trajectory]) -> dict[str, int]:
     """How many trajectories failed, by kind: what stands before the colon of their error, the commonest first."""
-    errors = [t.error.partition(":")[0] for t in trajectories if t.stop_reason is StopReason.ERROR]
+    errors = [_kind(t) for t in trajectories if t.stop_reason is StopReason.ERROR]
     return dict(Counter(errors).most_common())
+
+
+def _kind(trajectory: Trajectory) -> str:
+    return trajectory.error.partition(":")[0]
+
+
+def may_pass(trajectory: Trajectory) -> bool:
+    """Whether a trajectory failed in a way that is not the model's own, so that another try may succeed."""
+    return trajectory.stop_reason is StopReason.ERROR and _kind(trajectory) not in OF_THE_MODEL
+
+
+def _report_errors(trajectories: Sequence[Trajectory], folder: Path) -> None:
+    errors = count_errors(trajectories)
+    if not errors:
+        return
+    if all(map(may_pass, trajectories)):
+        raise SamplingError(
+            f"all {len(trajectories)} samples failed: {errors}; the first: {trajectories[0].error}. They lie in "
+            f"{folder}. Put right what failed and run the same again: failed samples are then made anew"
+        )
+    logger.warning("%d of %d samples failed: %s", sum(errors.values()), len(trajectories), errors)
 
 
 def sample_seeds(seed: int, uid: str, count: int) -> list[int]:
@@ -206,11 +239,11 @@ class _Shard:
         self._unsaved = False
 
     def missing(self, retry_errors: bool) -> list[_Task]:
-        """Tasks without a trajectory, and if asked those whose trajectory failed."""
+        """Tasks without a trajectory, and if asked those whose trajectory failed and may yet succeed."""
 
         def is_done(task: _Task) -> bool:
             done = self._done.get(task.id)
-            return done is not None and not (retry_errors and done.stop_reason is StopReason.ERROR)
+            return done is not None and not (retry_errors and may_pass(done))
 
         return [task for task in self.tasks if not is_done(task)]
 
