@@ -13,6 +13,7 @@ from chat_server import running_server, say, send
 from vrag_lib.config import ConfigError, load_config
 from vrag_lib.corpus import document_stem
 from vrag_lib.judge import rule_judge
+from vrag_lib.matrix_training import Workbench
 from vrag_lib.stages import (
     collection,
     find_cold_start,
@@ -70,6 +71,49 @@ def test_again_changes_nothing(made):
     config, train, folder = made
     before = read_trajectories(folder / "trajectories.parquet")
     assert read_trajectories(synthesize(config, train) / "trajectories.parquet") == before
+
+
+@pytest.fixture
+def sampled(made, tmp_path, monkeypatch):
+    """A config whose samples are there and nothing else."""
+    monkeypatch.setenv("VRAG_CACHE", str(tmp_path / "cache"))
+    config = config_of(tmp_path / "results")
+    shutil.copytree(made[-1] / "samples", config.folder("synthesis") / "samples")
+    return config
+
+
+def test_trajectories_are_there_once_all_else_is(made, sampled, monkeypatch):
+    train, folder = made[1], sampled.folder("synthesis")
+    done = folder / "trajectories.parquet"
+    shutil.copy(made[-1] / "trajectories.parquet", done)  # of an earlier run with other settings
+    with monkeypatch.context() as patch:
+        patch.setattr("vrag_lib.synthesis_export.write_card", lambda *given, **named: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            synthesize(sampled, train)
+    assert not done.exists()
+    called = []
+
+    def again(*given):
+        called.append(given)
+        return synthesize(*given)
+
+    monkeypatch.setattr("vrag_lib.matrix_training.synthesize", again)
+    bench = Workbench(sampled)
+    bench.train = train
+    assert bench.trajectories("crop") == read_trajectories(made[-1] / "trajectories.parquet")
+    (folder / "config.json").unlink()  # as a version left it that wrote the trajectories first
+    assert bench.trajectories("crop") and len(called) == 2
+    assert bench.trajectories("crop") and len(called) == 2
+
+
+def test_a_set_without_a_trajectory_is_refused_with_what_became_of_the_samples(made, sampled, monkeypatch):
+    monkeypatch.setattr("vrag_lib.stages.make_judge", lambda config: lambda *item: False)
+    expected = r"no trajectory is left .*sampled \d+, .*wrong_answer 0, .*synthesis\.samples_per_question="
+    with pytest.raises(SynthesisError, match=expected):
+        synthesize(sampled, made[1])
+    folder = sampled.folder("synthesis")
+    assert pd.read_csv(folder / "funnel.csv")["kept"].iloc[-1] == 0
+    assert not (folder / "trajectories.parquet").exists()
 
 
 @pytest.fixture

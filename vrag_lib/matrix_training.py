@@ -104,7 +104,7 @@ class Workbench:
         `format` and `gold` of each of their FORMS."""
         if kind == "crop":
             path = self.config.folder("synthesis") / "trajectories.parquet"
-            if not path.is_file():
+            if not path.is_file() or not (path.parent / "config.json").is_file():
                 synthesize(self.config, self.train)
             made, wanted = depends_on(read_config(path.parent), "synthesis"), depends_on(self.config, "synthesis")
             compare(path.parent, made, wanted, MatrixError)
@@ -114,7 +114,12 @@ class Workbench:
         claim(folder, {"count": count, "config": depends_on(self.config, "synthesis")}, error=MatrixError)
         path = folder / "trajectories.parquet"
         if not path.is_file():
-            write_trajectories(self._search() if kind == "search" else self._taking_turns(kind, count), path)
+            made = self._search() if kind == "search" else self._taking_turns(kind, count)
+            if not made:
+                raise MatrixError(
+                    f"experts wrote no right trajectory of the kind {kind!r}; look at the samples in {folder}"
+                )
+            write_trajectories(made, path)
         return read_trajectories(path)
 
     def checkpoint(self, cell: Cell, seed: int) -> str:

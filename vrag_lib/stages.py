@@ -147,12 +147,14 @@ def synthesize(config: Config, train: Collection | None = None) -> Path:
     `dataset/` (Hugging Face), `llamafactory/`, `experts.json` (what the experts did and cost, where they count it), and
     the data card `README.md`.
 
-    Raises ConfigError as `make_expert_policy`, SynthesisError as `sample` and where the grounding expert failed on
-    every box.
+    `trajectories.parquet` is written last: a folder without it is not finished.
+
+    Raises ConfigError as `make_expert_policy`, SynthesisError and SamplingError as `sample`, SynthesisError where the
+    grounding expert failed on every box and where the filters leave no trajectory.
     """
     from vrag_lib.corpus_formats import write_unified
     from vrag_lib.expert_record import check_record, keep_record, write_record
-    from vrag_lib.synthesis import sample
+    from vrag_lib.synthesis import SynthesisError, sample
     from vrag_lib.synthesis_export import write_card, write_dataset, write_llama_factory
     from vrag_lib.synthesis_filters import balance, filter_trajectories
 
@@ -185,8 +187,15 @@ def synthesize(config: Config, train: Collection | None = None) -> Path:
     chosen = balance(result.kept, settings.trajectories, config.seed)
     funnel = result.funnel.with_stage("balance", len(chosen))
     funnel.write_csv(folder / "funnel.csv")
+    if not chosen:
+        left = ", ".join(f"{stage} {kept}" for stage, kept in funnel.stages)
+        raise SynthesisError(
+            f"no trajectory is left to learn from ({left}; {folder / 'funnel.csv'}). Look at {sampled}, then sample "
+            "more (synthesis.samples_per_question=, synthesis.documents=) or choose other experts"
+        )
+    done = folder / "trajectories.parquet"
+    done.unlink(missing_ok=True)
     write_unified(for_rl, folder / "rl_questions.json")
-    write_trajectories(chosen, folder / "trajectories.parquet")
     exported = [
         write_dataset(chosen, train.corpus, folder / "dataset"),
         write_llama_factory(chosen, train.corpus, folder / "llamafactory"),
@@ -196,6 +205,7 @@ def synthesize(config: Config, train: Collection | None = None) -> Path:
         folder, chosen, funnel, questions=cold_start, seed=config.seed, exported=exported, about=about, experts=experts
     )
     save_config(config, folder)
+    write_trajectories(chosen, done)
     return folder
 
 
