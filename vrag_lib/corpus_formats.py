@@ -169,6 +169,16 @@ def load_dataset(
     return corpus, questions
 
 
+def question_files(folder: Path) -> dict[Path, tuple[str, ...]]:
+    """The question files that a folder holds under their usual names, with the formats that use the name."""
+    files = dict.fromkeys(folder / name for names in _QUESTION_FILES.values() for name in names)
+    return {
+        file: tuple(form for form, names in _QUESTION_FILES.items() if file in {folder / name for name in names})
+        for file in files
+        if file.is_file()
+    }
+
+
 def _question_file(path: Path, format: str) -> Path:
     if not path.exists():
         raise CorpusError(f"{path} does not exist; give a question file or the folder of one")
