@@ -140,6 +140,18 @@ def test_missing_values_are_left_out_and_missing_cells_named():
     assert tables["table_1"].empty and list(tables["figure_3"]["pages_given"]) == [2]
 
 
+def test_an_effect_on_what_was_not_asked_is_not_measured():
+    right, wrong = rows_of(np.ones(8)), rows_of(np.zeros(8))
+    without = right["source_type"].str.lower() != "text"
+    rows = {"vrag_rl": right[without], "sft": wrong[without].assign(crop_iou=np.nan)}
+    wanted = [Effect("e", "vrag_rl", "sft", "", 1.0, element=kind) for kind in ("text", "table")]
+    table = effects(rows, [*wanted, Effect("c", "vrag_rl", "sft", "", column="crop_iou")])
+    assert list(table["verdict"])[0::2] == ["not measured"] * 2 and math.isnan(table["difference"][0])
+    assert table["difference"][1] == 100 and table["p_holm"].notna().tolist() == [False, True, False]
+    with pytest.raises(ValueError, match="in one cell only"):
+        difference(right, wrong[without], "accuracy", "text")
+
+
 def test_pairs_share_questions_and_seeds():
     frame = rows_of(np.ones(4))
     with pytest.raises(ValueError, match="in one cell only"):

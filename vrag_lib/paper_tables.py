@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 ALPHA = 0.05
 """Corrected p-value below which an effect is resolved."""
 
+UNKNOWN = Difference(math.nan, math.nan, math.nan, math.nan)
+
 COLUMNS = {
     "accuracy": ("judge", None, 100),
     "finish_rate": ("answered", None, 100),
@@ -146,12 +148,15 @@ def interval(frame: pd.DataFrame, column: str, kind: str = "") -> Interval:
 
 def difference(frame_a: pd.DataFrame, frame_b: pd.DataFrame, column: str, kind: str = "") -> Difference:
     """How much higher one of COLUMNS is in `frame_a`, paired by question and, where both were trained several times, by
-    the seeds they share.
+    the seeds they share; NaN where no question is of that kind, or one side has no value.
 
     Raises ValueError when they are not of the same questions or share no seed.
     """
-    a, a_sizes = matrices(select(frame_a, kind), column)
-    b, b_sizes = matrices(select(frame_b, kind), column)
+    part_a, part_b = select(frame_a, kind), select(frame_b, kind)
+    if part_a.empty and part_b.empty:
+        return UNKNOWN
+    a, a_sizes = matrices(part_a, column)
+    b, b_sizes = matrices(part_b, column)
     alone = a.columns.symmetric_difference(b.columns)
     if len(alone):
         raise ValueError(f"{len(alone)} questions are in one cell only, for example {alone[0]!r}; run both on the same")
@@ -160,18 +165,20 @@ def difference(frame_a: pd.DataFrame, frame_b: pd.DataFrame, column: str, kind: 
         if shared.empty:
             raise ValueError("the two cells share no seed; run them with the same ones")
         a, a_sizes, b, b_sizes = (table.loc[shared] for table in (a, a_sizes, b, b_sizes))
+    if not a_sizes.to_numpy().sum() or not b_sizes.to_numpy().sum():
+        return UNKNOWN
     return crossed_difference(a.to_numpy(), b.to_numpy(), a_sizes.to_numpy(), b_sizes.to_numpy())
 
 
 def effects(rows: Rows, wanted: Sequence[Effect]) -> pd.DataFrame:
     """One row per effect: the difference, its interval, p-value, Holm's p-value among the measured ones, verdict. Where
-    a cell is missing the numbers are NaN and the verdict is `not measured`."""
+    a cell or what is compared is missing the numbers are NaN and the verdict is `not measured`."""
     import pandas as pd
 
     table = []
     for effect in wanted:
         missing = [name for name in (effect.a, effect.b) if name not in rows]
-        found = Difference(*[math.nan] * 4)
+        found = UNKNOWN
         if not missing:
             found = difference(rows[effect.a], rows[effect.b], effect.column, effect.element)
         table.append(
