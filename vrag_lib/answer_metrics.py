@@ -466,4 +466,5 @@ OFFICIAL_METRICS: dict[str, tuple[str, ...]] = {
     "unified": (),
     "minidocs": (),
 }
-"""The string metrics that a dataset's own scorer reports; ViDoSeek's is a model's score of 1 to 5 (`vidorag_score`)."""
+"""The string metrics that a dataset's own scorer reports; ViDoSeek's is a model's score of 1 to 5, which
+`judge_openai.ViDoRAGJudge` asks for."""

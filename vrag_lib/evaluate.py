@@ -60,12 +60,12 @@ def evaluate_trajectories(
 
     Columns: the question (`uid`, `dataset`, `query`, `reference_answer`, `source_type`, `query_type`, `template`,
     `answerable`, `gold_pages`); the trajectory (`id`, `run_id`, `seed`, `policy`, `answer`, `stop_reason`, `error`);
-    `answered`, and `failed`, its opposite; `judge` (1, 0, or NaN without a verdict) and `judge_gated` (0 unless a
-    search and an answer happened); each of `metrics`; `refused`; `ndcg` and `gold_recall` of the pages shown, and
-    `gold_page_seen` (any), all NaN for a question without gold pages; `pages` and `noise_pages` shown; `searches`,
-    `crops`, `replies`, `invalid` and `invalid_<reason>`, counted; `crop_iou`, the best IoU of any crop with a gold
-    region, in raw page pixels, NaN without a crop or a known region; `tokens_sampled` (NaN for a policy without tokens)
-    and `seconds_generate`, `seconds_retrieve`.
+    `answered`, and `failed`, its opposite; `judge` (1, 0, or NaN without a verdict), `judge_score` (of a judge that
+    keeps `scores`, as ViDoRAG's) and `judge_gated` (0 unless a search and an answer happened); each of `metrics`;
+    `refused`; `ndcg` and `gold_recall` of the pages shown, and `gold_page_seen` (any), all NaN for a question without
+    gold pages; `pages` and `noise_pages` shown; `searches`, `crops`, `replies`, `invalid` and `invalid_<reason>`,
+    counted; `crop_iou`, the best IoU of any crop with a gold region, in raw page pixels, NaN without a crop or a known
+    region; `tokens_sampled` (NaN for a policy without tokens) and `seconds_generate`, `seconds_retrieve`.
 
     Raises ValueError for no trajectories, an unknown metric, a trajectory whose question is missing, or a uid used
     twice.
@@ -89,6 +89,9 @@ def evaluate_trajectories(
     rows = []
     for trajectory, question, verdict in zip(trajectories, asked, verdicts, strict=True):
         judged = {"judge": verdict, "judge_gated": verdict * pattern_reward(trajectory)}
+        if hasattr(judge, "scores"):
+            item = (question.query, question.reference_answer, trajectory.answer)
+            judged["judge_score"] = judge.scores.get(item, math.nan)
         scores = {name: METRICS[name](question, trajectory.answer) for name in metrics}
         rows.append(_identity(trajectory, question) | judged | scores | _behaviour(trajectory, question))
     return pd.DataFrame(rows)
