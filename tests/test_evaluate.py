@@ -249,6 +249,8 @@ def test_mmlongbench_f1_is_the_benchmarks_own():
     table = summarise(frame).iloc[0]
     assert table["mmlongbench_f1"] == pytest.approx(mmlongbench_result(scores, references, answers).f1)
     assert table["mmlongbench_f1_low"] < table["mmlongbench_f1"] < table["mmlongbench_f1_high"]
+    without = summarise(frame[frame["answerable"]]).iloc[0]
+    assert without["mmlongbench"] == pytest.approx(0.45) and math.isnan(without["mmlongbench_f1"])
 
 
 def test_questions_count_for_every_element_they_name():

@@ -184,9 +184,10 @@ def summarise(frame: pd.DataFrame, by: str | Sequence[str] = (), samples: int = 
     The trajectories of a question are one cluster: they are averaged first, and questions are resampled. Columns: `by`;
     `n` questions, `trajectories`, `failed` of them, and `unjudged`; then, each with `_low` and `_high`, `accuracy`
     (judge), `accuracy_gated`, every answer metric, `finish_rate` (share answered), `invalid_rate` (invalid replies of
-    all replies), `ndcg`, `gold_recall`, `crop_iou`, `turns` (replies), and `mmlongbench_f1` where that metric is; then
-    plain means of what else was counted. Questions without a value (no gold page, no crop) are left out of that mean;
-    `crop_iou_n` says how many have one. NaN where none has.
+    all replies), `ndcg`, `gold_recall`, `crop_iou`, `turns` (replies), and `mmlongbench_f1` where that metric is (NaN
+    unless questions without an answer were asked, too, which it is about); then plain means of what else was counted.
+    Questions without a value (no gold page, no crop) are left out of that mean; `crop_iou_n` says how many have one.
+    NaN where none has.
 
     Raises ValueError when the frame is empty.
     """
@@ -225,7 +226,9 @@ def _intervals(group: pd.DataFrame, samples: int, seed: int) -> dict[str, Interv
     found = {name: _mean_interval(means[column], samples, seed) for name, column in columns.items()}
     counted = _per_question(group, ("invalid", "replies"))
     found["invalid_rate"] = ratio_interval(counted["invalid"], counted["replies"], samples=samples, seed=seed)
-    if "mmlongbench" in group:
+    if "mmlongbench" in group and group["answerable"].all():
+        found["mmlongbench_f1"] = Interval(math.nan, math.nan, math.nan)
+    elif "mmlongbench" in group:
         # F1 = 2PR / (P + R) = 2S / (answered + answerable), see answer_metrics.mmlongbench_result
         parts = group.assign(
             twice=2 * group["mmlongbench"] * group["answerable"], size=group["answerable"] + 1.0 - group["refused"]
