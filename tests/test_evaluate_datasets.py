@@ -11,12 +11,13 @@ from chat_server import SECRET, running_server, say
 from pdf_files import words_pdf
 
 from vrag_lib.cli import main
-from vrag_lib.config import load_config, read_config
+from vrag_lib.config import load_config, override, read_config
 from vrag_lib.corpus_formats import write_unified
 from vrag_lib.document_files import CorpusError
 from vrag_lib.evaluate_datasets import evaluate_datasets, open_datasets
 from vrag_lib.minidocs import MiniDocs
 from vrag_lib.policy import ScriptedPolicy
+from vrag_lib.synthesis import SynthesisError
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data" / "mmlongbench_doc"
 
@@ -75,6 +76,23 @@ def test_agents_are_evaluated_side_by_side(config):
     assert read_config(folder).environment.given_pages == 3
     settings = json.loads((folder / "provenance.json").read_text())["settings"]
     assert (settings["agent"], settings["environment"]["observation"]) == ("vanilla_rag_3_text", "text")
+
+
+def test_the_address_of_a_model_is_nothing_that_trajectories_depend_on(config, tmp_path):
+    def evaluate(*overrides):
+        policy = ScriptedPolicy(["<search>total</search>", "<answer>12</answer>"])
+        settings = override(config, ["policy.base_url=http://a/v1", *overrides])
+        return evaluate_datasets({"minidocs": None}, settings, tmp_path / "out", policy=policy, limit=2)
+
+    first = evaluate()
+    claimed = tmp_path / "out" / "samples" / "seed-2" / "settings.json"
+    settings = json.loads(claimed.read_text())
+    assert list(evaluate("policy.base_url=http://b/v1")["id"]) == list(first["id"])
+    settings["more"]["policy_settings"]["base_url"] = "http://c/v1"  # as earlier versions wrote it
+    claimed.write_text(json.dumps(settings))
+    assert list(evaluate()["id"]) == list(first["id"])
+    with pytest.raises(SynthesisError, match=r"policy_settings\.temperature=1\.0 not 0\.5"):
+        evaluate("policy.temperature=0.5")
 
 
 def test_wrong_names_and_missing_folders_are_named(config):

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from chat_server import running_server, say, send
 
-from vrag_lib.config import ConfigError, load_config
+from vrag_lib.config import ConfigError, load_config, override
 from vrag_lib.corpus import document_stem
 from vrag_lib.judge import rule_judge
 from vrag_lib.matrix_training import Workbench
@@ -104,6 +104,19 @@ def test_trajectories_are_there_once_all_else_is(made, sampled, monkeypatch):
     (folder / "config.json").unlink()  # as a version left it that wrote the trajectories first
     assert bench.trajectories("crop") and len(called) == 2
     assert bench.trajectories("crop") and len(called) == 2
+
+
+def test_samples_are_gone_on_with_whatever_is_done_with_them_later(made, sampled, monkeypatch):
+    claimed = sampled.folder("synthesis") / "samples" / "relocate" / "settings.json"
+    settings = json.loads(claimed.read_text())
+    assert not {"concurrency", "trajectories", "rl_questions"} & set(settings["more"]["synthesis"])
+    settings["more"]["synthesis"] |= {"concurrency": 3, "trajectories": 7, "rl_questions": 9}  # as earlier versions did
+    claimed.write_text(json.dumps(settings))
+    monkeypatch.setattr("vrag_lib.synthesis.rollout", None)  # nothing is sampled
+    overrides = ["synthesis.concurrency=1", "synthesis.trajectories=5", "synthesis.rl_questions=4"]
+    assert len(read_trajectories(synthesize(override(sampled, overrides), made[1]) / "trajectories.parquet")) == 5
+    with pytest.raises(SynthesisError, match=r"more\.synthesis\.temperature=1\.0 not 0\.5"):
+        synthesize(override(sampled, ["synthesis.temperature=0.5"]), made[1])
 
 
 def test_a_set_without_a_trajectory_is_refused_with_what_became_of_the_samples(made, sampled, monkeypatch):

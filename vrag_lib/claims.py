@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,16 @@ class ClaimError(RuntimeError):
 
 
 def claim(
-    folder: Path, settings: Mapping[str, Any], file: str = "settings.json", error: type[RuntimeError] = ClaimError
+    folder: Path,
+    settings: Mapping[str, Any],
+    file: str = "settings.json",
+    error: type[Exception] = ClaimError,
+    dropped: Collection[str] = (),
 ) -> None:
-    """Write what a folder depends on, or make sure that it is what was written there. Raises `error` else."""
+    """Write what a folder depends on, or make sure that it is what was written there. Raises `error` else.
+
+    dropped: dotted names that earlier versions wrote and that change nothing; they may be there or not.
+    """
     wanted = json.loads(json.dumps(settings))
     path = folder / file
     present = read_json(path)
@@ -39,11 +46,11 @@ def claim(
         write_atomically(path, (json.dumps(wanted, indent=1) + "\n").encode())
         return
     present.pop("fingerprint", None)  # earlier versions wrote one
-    compare(folder, present, wanted, error)
+    compare(folder, {k: v for k, v in _flat(present).items() if k not in dropped}, wanted, error)
 
 
 def compare(
-    folder: Path, present: Mapping[str, Any], wanted: Mapping[str, Any], error: type[RuntimeError] = ClaimError
+    folder: Path, present: Mapping[str, Any], wanted: Mapping[str, Any], error: type[Exception] = ClaimError
 ) -> None:
     """Raises `error`, naming the folder and what differs, unless both are the same settings."""
     if differing := differences(present, wanted):

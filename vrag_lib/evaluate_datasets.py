@@ -151,7 +151,7 @@ def evaluate_datasets(
     stage = "_".join(["evaluate", *datasets, *([] if agent.name == "vrag_rl" else [agent.name])])
     folder = Path(folder or config.folder(stage))
     named = asdict(config.policy)
-    depends = {key: named[key] for key in named if key not in ("batch_size", "device", "api_key_env")}
+    depends = {key: named[key] for key in named if key not in ("batch_size", "device", "api_key_env", "base_url")}
     frame = run(
         policy or make_policy(corpus, config),
         questions,

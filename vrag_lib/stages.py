@@ -43,6 +43,10 @@ _SCRIPTED = (
 INPUTS = "inputs.json"
 """What a training depends on: model, data and settings. One with others does not go on in the same folder."""
 
+_LATER = ("concurrency", "trajectories", "rl_questions")
+"""Settings of the synthesis that no sample depends on: how it is asked for, and what is done with them later. Which
+questions are left to sample is known from the questions themselves."""
+
 SMOKE_DOCUMENTS = 4
 """Documents of each split in a smoke run."""
 
@@ -176,7 +180,7 @@ def synthesize(config: Config, train: Collection | None = None) -> Path:
             workers=settings.concurrency if settings.experts == "openai" else 1,
             batch_size=64,
             oracle=settings.oracle_pages,
-            settings={"synthesis": dataclasses.asdict(settings)},
+            settings={"synthesis": {k: v for k, v in dataclasses.asdict(settings).items() if k not in _LATER}},
             preset=config.preset,
         )
     finally:

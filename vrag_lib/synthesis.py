@@ -49,6 +49,10 @@ SAVE_SECONDS = 5.0
 
 _SETTINGS = "settings.json"
 
+_DROPPED = ("more.synthesis.concurrency", "more.synthesis.trajectories", "more.synthesis.rl_questions",
+            "more.policy_settings.base_url")  # fmt: skip
+"""What earlier versions wrote into it and no sample depends on."""
+
 OF_THE_MODEL = frozenset({"refusal", "too_large"})
 """Kinds of failure that are the model's own doing and so a result; to sample again until they are gone would flatter
 it. All others (an endpoint, a search engine, a page file) say nothing about it."""
@@ -226,7 +230,7 @@ def _claim(folder: Path, settings: dict[str, Any]) -> None:
     """Write what the samples depend on, or make sure that it is what those already there depend on."""
     if read_json(folder / _SETTINGS) is None and any(folder.glob("samples-*.parquet")):
         raise SynthesisError(f"{folder} holds samples but no readable {_SETTINGS}; give another folder")
-    claim(folder, settings, _SETTINGS, SynthesisError)
+    claim(folder, settings, _SETTINGS, SynthesisError, _DROPPED)
 
 
 class _Shard:
