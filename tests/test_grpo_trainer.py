@@ -405,11 +405,18 @@ def test_a_run_learns_from_images_that_entered_in_mid_trajectory(whole_run):
         assert len({(t.question_id, t.seed) for t in trajectories}) == 8
 
 
-def test_killed_and_resumed_ends_as_if_it_had_never_stopped(whole_run):
-    folder = scratch() / "grpo-killed"
-    process = training_jobs.start(training_jobs.run_grpo, trained_checkpoint(), folder, die_at_rollout=3)
+@pytest.mark.parametrize(
+    ("rollout", "place", "steps"),
+    [(3, "rollout", ["1", "2"]), (2, "update", ["1"]), (2, "checkpoint", ["1", "2"]), (3, "update", ["1", "2"])],
+)
+def test_killed_and_resumed_ends_as_if_it_had_never_stopped(whole_run, rollout, place, steps):
+    """Checkpoints are written every second step: what came after the last one is done again, to the same end."""
+    folder = scratch() / f"grpo-killed-{rollout}-{place}"
+    process = training_jobs.start(
+        training_jobs.run_grpo, trained_checkpoint(), folder, die_at_rollout=rollout, die_in=place
+    )
     assert training_jobs.finish([process]) == [-signal.SIGKILL]
-    assert [row["step"] for row in training_jobs.curves(folder)] == ["1", "2"]
+    assert [row["step"] for row in training_jobs.curves(folder)] == steps
     resumed = training_jobs.run_grpo(trained_checkpoint(), folder)
     assert training_jobs.curves(folder) == training_jobs.curves(whole_run[0])
     name = "adapter_model.safetensors"

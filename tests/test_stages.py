@@ -6,19 +6,25 @@ import json
 
 import pandas as pd
 import pytest
+from tiny_agent import random_checkpoint
 
-from vrag_lib.config import ConfigError, load_config
+from vrag_lib.claims import ClaimError, model_fingerprint
+from vrag_lib.config import ConfigError, load_config, read_config
 from vrag_lib.corpus import document_stem
 from vrag_lib.judge import rule_judge
+from vrag_lib.policy_transformers import CheckpointError, TransformersPolicy
 from vrag_lib.stages import (
     collection,
     find_cold_start,
+    fine_tune,
     make_expert_policy,
     reinforce,
     sft_folder,
     synthesize,
     training_questions,
 )
+from vrag_lib.torch_setup import ensure_torchvision
+from vrag_lib.training import lora_config
 from vrag_lib.trajectory import read_trajectories
 
 
@@ -97,15 +103,91 @@ def test_the_cold_start_found_is_finished_of_this_seed_and_on_the_most_trajector
     assert find_cold_start(config) == sft_folder(config, 3000) / "final"
 
 
+def checkpoint_in(folder, weights=b"weights"):
+    path = folder / "start"
+    path.mkdir(exist_ok=True)
+    (path / "config.json").write_text("{}")
+    (path / "model.safetensors").write_bytes(weights)
+    return path
+
+
 def test_seeds_of_reinforcement_learning_share_questions_and_no_folder(made, tmp_path, monkeypatch):
     config, train, _ = made
     calls = []
     monkeypatch.setattr("vrag_lib.grpo.train_grpo", lambda *given, **named: calls.append((given, named)) or given[5])
     config = config_of(tmp_path)
-    folders = [reinforce(config, "start", train, seed=seed) for seed in (None, 7)]
+    folders = [reinforce(config, checkpoint_in(tmp_path), train, seed=seed) for seed in (None, 7)]
     assert folders == [config.folder("grpo") / "paper_seed_0", config.folder("grpo") / "paper_seed_7"]
     assert [named["seed"] for _, named in calls] == [0, 7]
     assert calls[0][0][1] == calls[1][0][1] == tuple(training_questions(config, train.questions)[1])
     corpus = calls[0][0][2]
     assert {d.id for d in corpus.documents} == {document_stem(q.file_name) for q in calls[0][0][1]}
     assert 0 < len(corpus) < len(train.corpus)
+
+
+def test_a_training_does_not_go_on_with_other_settings_data_or_weights(made, tmp_path, monkeypatch):
+    _, train, _ = made
+    runs = []
+    monkeypatch.setattr("vrag_lib.grpo.train_grpo", lambda *given, **named: runs.append(given) or given[5])
+    start = checkpoint_in(tmp_path)
+    folder = reinforce(config_of(tmp_path), start, train)
+    assert reinforce(config_of(tmp_path, "grpo.save_steps=3"), start, train) == folder  # how often changes nothing
+    for override, message in (("grpo.kl_coefficient=0", "kl_coefficient=0.01 not 0.0"), ("seed=1", "seed")):
+        with pytest.raises(ClaimError, match=message):
+            reinforce(config_of(tmp_path, override), start, train, folder=folder)
+    with pytest.raises(ClaimError, match="judge"):
+        reinforce(config_of(tmp_path), start, train, judge=lambda *item: True)
+    model_fingerprint.cache_clear()
+    with pytest.raises(ClaimError, match="model="):
+        reinforce(config_of(tmp_path), checkpoint_in(tmp_path, b"others"), train)
+    assert len(runs) == 2 and read_config(folder).grpo.kl_coefficient == 0.01
+
+
+def test_fine_tuning_does_not_go_on_with_other_trajectories(made, tmp_path, monkeypatch):
+    _, train, folder = made
+    monkeypatch.setattr("vrag_lib.sft.train_sft", lambda *given, **named: given[4])
+    data = read_trajectories(folder / "trajectories.parquet")
+    settings = {"checkpoint": checkpoint_in(tmp_path), "folder": tmp_path / "run"}
+    fine_tune(config_of(tmp_path), train, data=data, **settings)
+    with pytest.raises(ClaimError, match="trajectories="):
+        fine_tune(config_of(tmp_path), train, data=data[1:], **settings)
+
+
+def test_what_is_missing_is_named_before_any_page_is_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr("vrag_lib.stages.collection", lambda *_: pytest.fail("drawn too early"))
+    config = config_of(tmp_path)
+    with pytest.raises(ConfigError, match=r"trajectories\.parquet: `vrag synthesize --preset laptop` makes it"):
+        fine_tune(config)
+    (tmp_path / "empty").mkdir()
+    for path in ("nope", "./nope/final", tmp_path / "gone", tmp_path / "empty"):
+        with pytest.raises(CheckpointError, match=r"is not there|holds no model"):
+            reinforce(config, path)
+
+
+def test_reinforcement_learning_starts_from_what_a_cold_start_with_lora_makes(made, tmp_path, monkeypatch):
+    """TRL would put a fresh adapter in the place of the one that SFT trained, and start from the model below it."""
+    ensure_torchvision()
+    import torch
+    from peft import get_peft_model
+    from transformers import AutoModelForImageTextToText
+
+    _, train, _ = made
+    base = AutoModelForImageTextToText.from_pretrained(random_checkpoint())
+    adapted = get_peft_model(base, lora_config(4, 8))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    adapted.save_pretrained(tmp_path / "adapter")
+    starts = []
+    monkeypatch.setattr("vrag_lib.grpo.train_grpo", lambda *given, **named: starts.append(given[0]) or given[5])
+    for _ in range(2):
+        reinforce(config_of(tmp_path), tmp_path / "adapter", train)
+    assert starts[0] == starts[1] == tmp_path / "laptop" / "grpo" / "paper_seed_0" / "start"
+    merged = AutoModelForImageTextToText.from_pretrained(starts[0]).state_dict()
+    expected = adapted.merge_and_unload().state_dict()
+    assert all(torch.allclose(merged[name], value, atol=1e-5) for name, value in expected.items())
+    with pytest.raises(CheckpointError, match="is a LoRA adapter; `vrag merge"):
+        TransformersPolicy.from_pretrained(tmp_path / "adapter", train.corpus)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="merge it first"):
+        reinforce(config_of(tmp_path), tmp_path / "adapter", train, seed=5)

@@ -90,7 +90,7 @@ def check_checkpoint(path: str | Path) -> None:
     if folder.is_dir():
         if not any((folder / name).is_file() for name in ("config.json", _ADAPTER)):
             raise CheckpointError(f"{path} holds no model: it has neither config.json nor {_ADAPTER}")
-    elif len(folder.parts) != 2 or folder.parent.is_dir() or folder.parts[0] in ("~", ".", "..", "/"):
+    elif len(folder.parts) != 2 or folder.parent.is_dir() or str(path).startswith((".", "/", "~")):
         raise CheckpointError(f"{path} is not there; a checkpoint is a folder, or a hub id like Qwen/Qwen2.5-VL-3B")
 
 
