@@ -36,6 +36,7 @@ from vrag_lib.grpo import GRPOConfig, train_grpo  # noqa: E402
 from vrag_lib.grpo_trainer import AgentGRPOTrainer, Item, QuestionSampler  # noqa: E402
 from vrag_lib.policy_transformers import TransformersPolicy  # noqa: E402
 from vrag_lib.training_batch import batched, empty_example, example_of, token_logprobs  # noqa: E402
+from vrag_lib.vision_cache import weights_state  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden_grpo.json"
 SMALL = {"lora_rank": 4, "lora_alpha": 8, "warmup_steps": 0, "max_reply_tokens": 64}
@@ -472,3 +473,20 @@ def test_two_processes_equal_one(whole_run):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     GOLDEN.write_text(json.dumps(golden_run(scratch() / "golden"), indent=1) + "\n")
+
+
+def test_weights_that_deepspeed_changed_unseen_are_taken_for_new(trainer, monkeypatch):
+    """Its optimizer writes through `.data`, which no version tells; samplers and caches would keep the first policy."""
+    parameters = list(trainer.model.parameters())
+    before, seen = weights_state(parameters), []
+
+    def sample(*_):
+        seen.append(weights_state(parameters))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "_sample", sample)
+    for is_deepspeed, changed in ((False, False), (True, True)):
+        monkeypatch.setattr(trainer, "is_deepspeed_enabled", is_deepspeed)
+        with pytest.raises(KeyboardInterrupt):
+            trainer._collect([0])
+        assert (seen[-1] != before) is changed
