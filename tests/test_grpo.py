@@ -31,7 +31,7 @@ def test_weights_decide_which_trajectory_of_a_group_did_better():
         rewards += [{"retrieval": (0.0, weight), "answer": (1.0, 1 - weight)}]
         pair = [rewarded(str(i), 0).with_rewards(r) for i, r in enumerate(rewards)]
         first, second = (f([1])[0] for f in step_advantages(pair, GRPOConfig(group_size=2)))
-        assert (first > 0 > second) == (weight > 0.5) and first == pytest.approx(-second)
+        assert (first > 0 > second) == (weight > 0.5) and first == pytest.approx(-second) and abs(first) > 0.5
 
 
 def test_an_invalid_reply_may_be_penalised_even_where_its_trajectory_did_well():
