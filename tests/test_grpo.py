@@ -24,6 +24,18 @@ def test_credit_goes_to_the_turns_it_names():
     assert scoped([1, 3]).tolist() == pytest.approx([0.1 - 0.4, -0.4])
 
 
+def test_weights_decide_which_trajectory_of_a_group_did_better():
+    """EVisRAG normalises each reward by itself, which takes its weights out again."""
+    for weight in (0.2, 0.8):
+        rewards = [{"retrieval": (1.0, weight), "answer": (0.0, 1 - weight)}]
+        rewards += [{"retrieval": (0.0, weight), "answer": (1.0, 1 - weight)}]
+        pair = [rewarded(str(i), 0).with_rewards(r) for i, r in enumerate(rewards)]
+        first, second = (f([1])[0] for f in step_advantages(pair, GRPOConfig(group_size=2)))
+        assert (first > 0 > second) == (weight > 0.5) and first == pytest.approx(-second) and abs(first) > 0.5
+        apart = [f([1])[0] for f in step_advantages(pair, GRPOConfig(group_size=2), credit=lambda t: {})]
+        assert (apart[0] > 0 > apart[1]) == (weight > 0.5)
+
+
 def test_an_invalid_reply_may_be_penalised_even_where_its_trajectory_did_well():
     search = Turn("assistant", "s", action=Action(ActionKind.SEARCH, "x"), token_ids=(1, 2))
     bad = Turn("assistant", "b", invalid=InvalidReason.NO_ACTION, token_ids=(1,))

@@ -280,6 +280,31 @@ def test_seeds_of_reinforcement_learning_take_turns_with_cold_starts(tiny, monke
         Workbench(tiny, 0, 0)
 
 
+def test_reinforcement_learning_starts_from_what_fine_tuning_left(tiny, tmp_path, monkeypatch):
+    """Trap S12: the released script starts from the raw instruct model; here a chain without SFT does, and no other."""
+    import vrag_lib.matrix_training as training
+
+    bench = Workbench(dataclasses.replace(tiny, results=str(tmp_path)), 0, cold_starts=2)
+    reinforced, asked, loaded = bench._reinforced, [], []
+
+    def fake_reinforce(config, checkpoint, train, *, folder, seed):
+        loaded.append(checkpoint)
+        return folder / "final"
+
+    monkeypatch.setattr(Workbench, "train", None)
+    monkeypatch.setattr(training, "reinforce", fake_reinforce)
+    monkeypatch.setattr(bench, "_fine_tuned", lambda start, cell, seed: f"{start} tuned with seed {seed}")
+    monkeypatch.setattr(
+        bench, "_reinforced", lambda start, cell, seed: asked.append(start) or reinforced(start, cell, seed)
+    )
+    for cell in ("vrag_rl", "cold_start"):
+        for seed in (0, 1):
+            bench.checkpoint(CELLS[cell], seed)
+    assert {CELLS[name].chain for name in ("vrag_rl", "cold_start")} == {"sft+grpo", "grpo"}
+    tuned = [f"{bench.raw()} tuned with seed {seed}" for seed in (0, 1)]
+    assert asked == loaded == [*tuned, bench.raw(), bench.raw()]
+
+
 def test_a_shipped_cold_start_stands_in_only_where_nothing_differs(tiny, tmp_path, monkeypatch):
     import vrag_lib.matrix_training as training
 

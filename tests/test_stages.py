@@ -6,11 +6,15 @@ import json
 
 import pandas as pd
 import pytest
+from pdf_files import words_pdf
 from tiny_agent import random_checkpoint
 
+from vrag_lib.ask import ask
 from vrag_lib.claims import ClaimError, model_fingerprint
 from vrag_lib.config import ConfigError, load_config, read_config
 from vrag_lib.corpus import document_stem
+from vrag_lib.environment import Environment
+from vrag_lib.evaluate_datasets import evaluate_datasets
 from vrag_lib.judge import rule_judge
 from vrag_lib.policy_transformers import CheckpointError, TransformersPolicy
 from vrag_lib.stages import (
@@ -191,3 +195,53 @@ def test_reinforcement_learning_starts_from_what_a_cold_start_with_lora_makes(ma
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="merge it first"):
         reinforce(config_of(tmp_path), tmp_path / "adapter", train, seed=5)
+
+
+def test_each_stage_finds_what_the_one_before_it_left(made, tmp_path, monkeypatch):
+    """Traps S7 and S12: the released script names files that its converter does not write, and the raw model."""
+    config, train, folder = made
+    learnt = []
+
+    def fake_sft(model, data, corpus, settings, folder, *, validation, **others):
+        learnt.extend([*validation, *data])
+        (folder / "final").mkdir(parents=True)
+        (folder / "final" / "config.json").touch()
+        return folder / "final"
+
+    monkeypatch.setattr("vrag_lib.sft.train_sft", fake_sft)
+    monkeypatch.setattr("vrag_lib.grpo.train_grpo", lambda checkpoint, *given, **named: checkpoint)
+    tuned = fine_tune(config, train, checkpoint=checkpoint_in(tmp_path))
+    assert learnt == read_trajectories(folder / "trajectories.parquet")
+    assert find_cold_start(config) == tuned
+    assert reinforce(config, find_cold_start(config), train, folder=tmp_path) == tuned
+
+
+class Opened(Exception):
+    """Ends a stage at the first environment that it makes."""
+
+
+def test_synthesis_training_validation_and_demo_share_one_environment(made, tmp_path, monkeypatch):
+    """Traps T7, T17 and T23: the released code has a crop margin, a budget and a hint of its own in each."""
+    monkeypatch.setenv("VRAG_CACHE", str(tmp_path / "cache"))
+    overrides = ["environment.max_turns=3", "environment.crop_padding=8", "policy.kind=extractive"]
+    overrides += ["corpus.ocr=none", "corpus.workers=1", "minidocs.test_documents=1", "grpo.lora_rank=4"]
+    overrides += ["grpo.questions_per_step=2", "grpo.group_size=2", "grpo.micro_batch_size=4"]
+    config = config_of(tmp_path / "results", *overrides)
+    documents = words_pdf(tmp_path / "documents" / "a.pdf", "Ferries: 12").parent
+    opened = []
+
+    def spy(self, corpus, retriever, config=None):
+        opened.append(config)
+        raise Opened
+
+    monkeypatch.setattr(Environment, "__init__", spy)
+    for stage in (
+        lambda: synthesize(config, made[1]),
+        lambda: reinforce(config, random_checkpoint(), made[1]),
+        lambda: evaluate_datasets({"minidocs": None}, config),
+        lambda: ask(documents, "How many ferries?", config),
+    ):
+        with pytest.raises(Opened):
+            stage()
+    assert opened == [config.environment] * 4
+    assert (config.environment.max_turns, config.environment.crop_padding) == (3, 8)
