@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -49,6 +50,45 @@ def _grpo(commands) -> None:
     parser = add_command(commands, "grpo", run, what, [("checkpoint", "folder of the policy to start from")])
     parser.add_argument("--seed", type=int, help="seed of the training, on the same questions (default: the preset's)")
     _judge_options(parser)
+
+
+def _merge(commands) -> None:
+    def run(arguments) -> None:
+        from vrag_lib.training import merge_adapter
+
+        base, out = _base_of(arguments.adapter, arguments.checkpoint), Path(arguments.out)
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ValueError(f"{out} is there already; name a new folder, or delete it")
+        try:
+            print(f"model  {merge_adapter(base, arguments.adapter, out)}")
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"{arguments.adapter} and {base} cannot be merged; is that the checkpoint the adapter was trained on? "
+                f"Name it with --checkpoint. {' '.join(str(error).split())[:400]}"
+            ) from error
+
+    what = "add a LoRA adapter, which training with LoRA leaves, to its checkpoint: a model that every command takes"
+    positionals = [("adapter", "the `final` folder of a training run"), ("out", "folder of the model, a new one")]
+    parser = add_command(commands, "merge", run, what, positionals)
+    help_text = "folder or hub id that the adapter was trained on (default: the one that it names itself)"
+    parser.add_argument("--checkpoint", metavar="BASE", help=help_text)
+
+
+def _base_of(adapter: str, named: str | None) -> str:
+    """The checkpoint to add an adapter to: the one named, else the one that the adapter says it was trained on."""
+    path = Path(adapter) / "adapter_config.json"
+    if not path.is_file():
+        if (Path(adapter) / "config.json").is_file():
+            raise ValueError(f"{adapter} is a whole checkpoint, not a LoRA adapter, and is used as it is")
+        raise ValueError(f"{adapter} holds no LoRA adapter; name the `final` folder of a training run with LoRA")
+    base = named or json.loads(path.read_text()).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"{path} does not say what the adapter was trained on; name that with --checkpoint")
+    if Path(base).is_absolute() and not Path(base).is_dir():
+        raise ValueError(f"{base}, what {adapter} was trained on, is not there; name where it is with --checkpoint")
+    if (Path(base) / "adapter_config.json").is_file():
+        raise ValueError(f"{base} is a LoRA adapter, too; merge that one first, then name the model with --checkpoint")
+    return base
 
 
 def _evaluate(commands) -> None:
@@ -305,6 +345,7 @@ COMMANDS = (
     _synthesize,
     _sft,
     _grpo,
+    _merge,
     _evaluate,
     _minidocs,
     _bench,
