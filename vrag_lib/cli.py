@@ -14,8 +14,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vrag_lib import __version__, cli_experiments
-from vrag_lib.cli_options import add_command, read_config
-from vrag_lib.config import cache_dir, describe
+from vrag_lib.cli_options import (
+    add_command,
+    add_policy_options,
+    add_retriever_options,
+    check_retriever,
+    interval_table,
+    read_config,
+    read_policy_config,
+    retriever_settings,
+)
+from vrag_lib.config import EXPERIMENTS, PRESETS, cache_dir, describe
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -53,36 +62,30 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _ask(commands) -> None:
-    def run(arguments) -> None:
+    def run(arguments) -> int:
         from vrag_lib.ask import ask
+        from vrag_lib.trajectory import StopReason
 
-        named = {
-            "policy.kind": arguments.policy,
-            "policy.base_url": arguments.base_url,
-            "policy.model": arguments.model,
-            "retrieval.kind": arguments.retriever,
-            "results": arguments.out,
-        }
-        answer = ask(arguments.path, arguments.question, read_config(arguments, named))
+        named = retriever_settings(arguments) | {"results": arguments.out}
+        config = check_retriever(arguments, read_policy_config(arguments, named))
+        answer = ask(arguments.path, arguments.question, config)
         print(answer.report())
         print(f"viewer  {answer.viewer}")
+        return 1 if answer.trajectory.stop_reason is StopReason.ERROR else 0
 
     what = "answer a question from a folder of PDFs or images, offline by default"
     positionals = [("path", "folder or file of documents"), ("question", "the question, quoted")]
     parser = add_command(commands, "ask", run, what, positionals)
-    parser.add_argument("--policy", help="extractive (default, no model), transformers or openai")
-    parser.add_argument("--model", help="the policy's model: path, hub id or the endpoint's name for it")
-    parser.add_argument("--base-url", help="endpoint of an OpenAI-compatible server, up to and including /v1")
-    parser.add_argument("--retriever", help="text (default), bm25, dense, visual or remote")
-    parser.add_argument("--out", help="results folder (default: results)")
+    add_policy_options(parser, "the preset's; laptop: extractive, no model")
+    add_retriever_options(parser, "text, bm25, dense, visual or remote")
+    parser.add_argument("--out", help="results folder (default: results); each run has a folder of its own in it")
 
 
 def _index(commands) -> None:
     def run(arguments) -> None:
         from vrag_lib.factory import make_retriever, open_corpus
 
-        named = {"retrieval.kind": arguments.retriever, "retrieval.model": arguments.model}
-        config = read_config(arguments, named)
+        config = check_retriever(arguments, read_config(arguments, retriever_settings(arguments)))
         corpus = open_corpus(arguments.path, config)
         retriever = make_retriever(corpus, config)
         print(f"{len(corpus.documents)} documents, {len(corpus.pages)} pages, {len(corpus.problems)} left out")
@@ -90,8 +93,7 @@ def _index(commands) -> None:
 
     what = "render, read and index documents ahead of time, so that later commands start at once"
     parser = add_command(commands, "index", run, what, [("path", "folder or file of documents")])
-    parser.add_argument("--retriever", help="text (default), bm25, dense, visual or remote")
-    parser.add_argument("--model", help="visual: path or hub id of a ColPali-type model")
+    add_retriever_options(parser, "text, bm25, dense, visual or remote", "--model")
 
 
 def _serve(commands) -> None:
@@ -99,15 +101,13 @@ def _serve(commands) -> None:
         from vrag_lib.factory import make_retriever, open_corpus
         from vrag_lib.search_server import serve
 
-        named = {"retrieval.kind": arguments.retriever, "retrieval.model": arguments.model}
-        config = read_config(arguments, named)
+        config = check_retriever(arguments, read_config(arguments, retriever_settings(arguments)))
         corpus = open_corpus(arguments.path, config)
         serve(make_retriever(corpus, config), corpus, arguments.host, arguments.port, top_k=config.retrieval.depth)
 
     what = "answer GET /search as the authors' search server does"
     parser = add_command(commands, "serve", run, what, [("path", "folder or file of documents")])
-    parser.add_argument("--retriever", help="text (default), bm25, dense or visual")
-    parser.add_argument("--model", help="visual: path or hub id of a ColPali-type model")
+    add_retriever_options(parser, "text, bm25, dense or visual", "--model")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     parser.add_argument("--port", type=int, default=8002, help="port (default: %(default)s, as the authors')")
 
@@ -132,19 +132,23 @@ def _view(commands) -> None:
     parser.add_argument("--out", help="HTML file (default: beside the parquet file)")
 
 
+_SHOWN = ("R@1", "R@5", "R@10", "MRR@5", "nDCG@5")
+"""The metrics that `vrag eval-retrieval` prints, as far as a line holds them."""
+
+
 def _eval_retrieval(commands) -> None:
     def run(arguments) -> None:
         from vrag_lib.dataset_hub import find_dataset
         from vrag_lib.evaluate_retrieval import run_eval_retrieval
 
         config = read_config(arguments)
-        out = arguments.out or config.folder("retrieval")
+        out = Path(arguments.out or config.folder("retrieval"))
         dataset = find_dataset(arguments.dataset)
         table = run_eval_retrieval(dataset, out, workers=config.corpus.workers, seed=config.seed)
-        print(table.to_string(index=False))
-        print(f"written to {out}")
+        print(f"percent, 95 % intervals over questions\n{interval_table(table, ['method'], _SHOWN)}")
+        print(f"all columns  {out / 'metrics.csv'}")
 
-    what = "measure retrieval methods on a document benchmark: recall, nDCG, MRR with 95 %% intervals, seconds"
+    what = "measure retrieval methods on a document benchmark: recall, nDCG, MRR with 95 % intervals, seconds"
     positionals = [("dataset", "folder of documents and questions, or slidevqa, vidoseek or mmlongbench_doc")]
     parser = add_command(commands, "eval-retrieval", run, what, positionals)
     parser.add_argument("--out", help="results folder (default: results/<preset>/retrieval)")
@@ -152,18 +156,32 @@ def _eval_retrieval(commands) -> None:
 
 def _config(commands) -> None:
     def run(arguments) -> None:
-        config = read_config(arguments, experiment=arguments.experiment)
+        # What training takes is asked of the settings that training runs with.
+        experiment = arguments.experiment or bool(arguments.memory)
+        config = read_config(arguments, experiment=experiment)
         if arguments.memory:
             from vrag_lib.memory import expected_memory
 
             print(expected_memory(config, arguments.memory, arguments.shards))
         else:
-            print(describe(config))
+            print(f"{_whose(arguments.preset, experiment)}\n{describe(config)}")
 
     parser = add_command(commands, "config", run, "print every setting of a preset with its meaning")
     parser.add_argument("--experiment", action="store_true", help="as the stages of the paper's experiment use it")
     parser.add_argument("--memory", choices=("sft", "grpo"), help="print the card memory that training should take")
     parser.add_argument("--shards", type=int, default=1, help="cards that share out the weights (launch/fsdp.yaml)")
+
+
+def _whose(preset: str, experiment: bool) -> str:
+    """Comment lines: which commands run with the settings below, and how the others' are seen."""
+    if EXPERIMENTS[preset] == PRESETS[preset]:
+        return f"# Settings of every command with --preset {preset}."
+    documents = f"ask, index, serve, view, eval-retrieval and evaluate (but of minidocs): vrag config --preset {preset}"
+    stages = (
+        f"synthesize, sft, grpo, evaluate (of minidocs), reproduce-paper: vrag config --preset {preset} --experiment"
+    )
+    here, there = (stages, documents) if experiment else (documents, stages)
+    return f"# Shown here, settings of {here}\n# The others, those of {there}"
 
 
 if __name__ == "__main__":

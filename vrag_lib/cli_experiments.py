@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-from vrag_lib.cli_options import add_command, read_config
+from vrag_lib.cli_options import add_command, add_policy_options, interval_table, read_config, read_policy_config
 from vrag_lib.config import Config, cache_dir
 
 
@@ -93,24 +93,24 @@ def _base_of(adapter: str, named: str | None) -> str:
 
 def _evaluate(commands) -> None:
     def run(arguments) -> None:
+        from vrag_lib.answer_metrics import OFFICIAL_METRICS
         from vrag_lib.evaluate import summary_table
-        from vrag_lib.evaluate_datasets import evaluate_datasets
+        from vrag_lib.evaluate_datasets import evaluate_datasets, evaluation_folder
 
-        named = {
-            "policy.kind": arguments.policy,
-            "policy.model": arguments.model,
-            "policy.base_url": arguments.base_url,
-        }
         names, paths = arguments.dataset or ["minidocs"], arguments.path or []
         if paths and len(paths) != len(names):
             raise ValueError("--path is given once for each --dataset, in the same order, or not at all")
-        config = read_config(arguments, named, experiment=names == ["minidocs"])
+        config = read_policy_config(arguments, experiment=names == ["minidocs"])
+        out = Path(arguments.out or evaluation_folder(names, config, arguments.agent))
         frame = evaluate_datasets(
-            dict(zip(names, paths or [None] * len(names), strict=True)), config, arguments.out, agent=arguments.agent,
+            dict(zip(names, paths or [None] * len(names), strict=True)), config, out, agent=arguments.agent,
             split=arguments.split, limit=arguments.limit, partial=arguments.partial, seeds=arguments.seeds,
             judge=_judge(arguments, config),
         )  # fmt: skip
-        print(summary_table(frame).round(3).to_string(index=False))
+        official = [metric for name in names for metric in OFFICIAL_METRICS[name]]
+        metrics = ["accuracy", *official, "finish_rate", "ndcg", "invalid_rate"]
+        shown = interval_table(summary_table(frame), ["by", "group", "n"], metrics, scale=100)
+        print(f"percent, 95 % intervals over questions\n{shown}\nall columns  {out / 'summary.csv'}")
 
     what = "measure an agent on benchmarks: minidocs, public ones (fetched once), or local copies"
     parser = add_command(commands, "evaluate", run, what)
@@ -122,9 +122,7 @@ def _evaluate(commands) -> None:
     parser.add_argument("--split", default="test", help="minidocs: train, validation or test (default: %(default)s)")
     agents = "what the policy may do and is shown: vrag_rl, react, vanilla_rag_5, ... (default: %(default)s)"
     parser.add_argument("--agent", default="vrag_rl", help=agents)
-    parser.add_argument("--policy", help="extractive, transformers or openai (default: the preset's)")
-    parser.add_argument("--model", help="the policy's model: path, hub id or the endpoint's name for it")
-    parser.add_argument("--base-url", help="endpoint of an OpenAI-compatible server, up to and including /v1")
+    add_policy_options(parser, "the preset's")
     _judge_options(parser)
     parser.add_argument("--limit", type=int, help="ask only so many questions, evenly spread")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of sampling, one pass each")
