@@ -7,7 +7,7 @@ evaluate_datasets({"slidevqa": None, "vidoseek": None}, load_config("gpu_7b"))  
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -111,6 +111,11 @@ def _with_documents(name: str, questions: tuple[Question, ...], corpus: Corpus, 
     return kept
 
 
+def evaluation_folder(datasets: Iterable[str], config: Config, agent: str = "vrag_rl") -> Path:
+    """Where the results go: `results/<preset>/evaluate_<names>`, for another agent than `vrag_rl` with its name."""
+    return config.folder("_".join(["evaluate", *datasets, *([] if agent == "vrag_rl" else [agent])]))
+
+
 def evaluate_datasets(
     datasets: Mapping[str, str | Path | None],
     config: Config,
@@ -130,7 +135,7 @@ def evaluate_datasets(
 ) -> pd.DataFrame:
     """What `vrag evaluate` does: open, index, `run`, with the datasets' official metrics beside the default ones.
 
-    folder: default `results/<preset>/evaluate_<names>`, for another agent than `vrag_rl` with its name at the end.
+    folder: default `evaluation_folder`.
     agent: what the policy may do and is shown, one of `agents.AGENTS` by name or your own.
     policy, retriever: default what the config names.
     limit: ask only so many questions, evenly spread over the set; the corpus stays whole.
@@ -148,8 +153,7 @@ def evaluate_datasets(
         chosen = np.linspace(0, len(questions) - 1, min(limit, len(questions))).round().astype(int)
         questions = tuple(questions[i] for i in chosen)
     official = [name for dataset in datasets for name in OFFICIAL_METRICS[dataset]]
-    stage = "_".join(["evaluate", *datasets, *([] if agent.name == "vrag_rl" else [agent.name])])
-    folder = Path(folder or config.folder(stage))
+    folder = Path(folder or evaluation_folder(datasets, config, agent.name))
     named = asdict(config.policy)
     depends = {key: named[key] for key in named if key not in ("batch_size", "device", "api_key_env")}
     frame = run(
