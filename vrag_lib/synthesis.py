@@ -193,19 +193,31 @@ def _claim(folder: Path, settings: dict[str, Any]) -> None:
     """Write what the samples depend on, or make sure that it is what those already there depend on."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / _SETTINGS
-    settings = json.loads(json.dumps(settings)) | {"fingerprint": _fingerprint(settings)}
+    settings = json.loads(json.dumps(settings))
     present = read_json(path)
     if present is None:
         if any(folder.glob("samples-*.parquet")):
             raise SynthesisError(f"{folder} holds samples but no readable {_SETTINGS}; give another folder")
         write_atomically(path, (json.dumps(settings, indent=1) + "\n").encode())
         return
-    if present == settings:
-        return
-    there, here = _flat(present), _flat(settings)
-    differing = sorted(key for key in there.keys() | here.keys() if there.get(key) != here.get(key))
-    listed = ", ".join(f"{key}={there.get(key)!r} not {here.get(key)!r}" for key in differing if key != "fingerprint")
-    raise SynthesisError(f"{folder} holds samples of other settings: {listed}; give another folder or those settings")
+    present.pop("fingerprint", None)  # of all settings, as earlier versions wrote it
+    if differing := differing_settings(present, settings):
+        listed = ", ".join(differing)
+        raise SynthesisError(
+            f"{folder} holds samples of other settings: {listed}; give another folder or those settings"
+        )
+
+
+def differing_settings(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """`name=value not other` for each setting that differs, those of parts with dots. One that is missing equals None:
+    what was recorded before a setting came to be was made as its default None has it.
+
+    >>> differing_settings({"sft": {"epochs": 2}}, {"sft": {"epochs": 3, "new": None}})
+    ['sft.epochs=2 not 3']
+    """
+    there, here = _flat(there), _flat(here)
+    names = [name for name in dict.fromkeys([*there, *here]) if there.get(name) != here.get(name)]
+    return [f"{name}={there.get(name)!r} not {here.get(name)!r}" for name in names]
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
