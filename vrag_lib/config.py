@@ -151,8 +151,10 @@ class SynthesisConfig:
     temperature: float = _doc(1.0, "openai: sampling temperature of the planner")
     trajectories: int = _doc(3000, "trajectories kept for SFT at most, after filters and balance")
     rl_questions: int = _doc(2000, "questions set apart for reinforcement learning, of other documents")
-    documents: int = _doc(650, "MiniDocs training documents that both are drawn from")
+    documents: int = _doc(650, "MiniDocs training documents that both are drawn from; other datasets give all theirs")
     concurrency: int = _doc(8, "openai: requests under way at once")
+    dataset: str | None = _doc(None, "trained on: none (MiniDocs), slidevqa, vidoseek, mmlongbench_doc or unified")
+    dataset_path: str | None = _doc(None, "its folder of documents and questions; none: a public one is fetched")
 
 
 @dataclass(frozen=True)

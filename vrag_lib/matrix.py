@@ -76,8 +76,9 @@ def run_matrix(
     the seeds before it, for a part of the matrix on another machine. cold_starts: trainings of SFT that the seeds of RL
     begin with in turn.
 
-    Raises ConfigError for an unknown cell and where there is no policy to start from, ValueError for fewer seeds than
-    one or a first seed that is none of them. What happens inside a cell is caught.
+    Raises ConfigError for an unknown cell, for other documents than MiniDocs and where there is no policy to start
+    from, ValueError for fewer seeds than one or a first seed that is none of them. What happens inside a cell is
+    caught.
     """
     from tqdm import tqdm
 

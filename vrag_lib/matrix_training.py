@@ -45,7 +45,7 @@ from vrag_lib.stages import (
     synthesize,
     training_questions,
 )
-from vrag_lib.synthesis import sample
+from vrag_lib.synthesis import differing_settings, sample
 from vrag_lib.trajectory import Trajectory, read_trajectories, write_trajectories
 
 logger = logging.getLogger(__name__)
@@ -82,6 +82,8 @@ class Workbench:
     def __init__(self, config: Config, format_trajectories: int | None = None, cold_starts: int = 1):
         if cold_starts < 1:
             raise ValueError(f"reinforcement learning needs at least one cold start, not {cold_starts}")
+        if config.synthesis.dataset is not None or config.synthesis.dataset_path is not None:
+            raise ConfigError("the matrix trains and measures on MiniDocs: leave synthesis.dataset and its path out")
         self.config = config
         self.cold_starts = cold_starts
         self.folder = config.folder("matrix")
@@ -173,7 +175,8 @@ class Workbench:
     def _fine_tuned(self, start: str, cell: Cell, seed: int) -> str:
         settings = self.sft_settings(start, cell, seed)
         shipped = scale_cold_start()
-        if shipped and read_json(shipped / "settings.json") == json.loads(json.dumps(settings)):
+        recorded = read_json(shipped / "settings.json") if shipped else None
+        if recorded is not None and not differing_settings(recorded, json.loads(json.dumps(settings))):
             return str(shipped)
         config = dataclasses.replace(self.config, seed=seed)
         return self._made(
@@ -300,12 +303,10 @@ def claim(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 def _compare(folder: Path, present: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    there, here = _flat(present), _flat(wanted)
-    differing = [key for key in dict.fromkeys([*there, *here]) if there.get(key) != here.get(key)]
-    if differing:
-        listed = ", ".join(f"{key}={there.get(key)!r} not {here.get(key)!r}" for key in differing[:4])
+    if differing := differing_settings(present, wanted):
         raise MatrixError(
-            f"{folder} was made with other settings ({listed}); use those, another results= folder, or remove it"
+            f"{folder} was made with other settings ({', '.join(differing[:4])}); use those, another results= folder, "
+            "or remove it"
         )
 
 
@@ -320,12 +321,6 @@ def depends_on(config: Config, *stages: str) -> dict[str, Any]:
         stage: {k: v for k, v in values.items() if k not in _INDIFFERENT} if isinstance(values, dict) else values
         for stage, values in kept.items()
     }
-
-
-def _flat(value: Any, name: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {name: value}
-    return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{name}.{key}".lstrip(".")).items()}
 
 
 @functools.cache
