@@ -162,7 +162,7 @@ def _config(commands) -> None:
         if arguments.memory:
             from vrag_lib.memory import expected_memory
 
-            print(expected_memory(config, arguments.memory, arguments.shards))
+            print(expected_memory(config, arguments.memory, arguments.shards, arguments.card))
         else:
             print(f"{_whose(arguments.preset, experiment)}\n{describe(config)}")
 
@@ -170,6 +170,7 @@ def _config(commands) -> None:
     parser.add_argument("--experiment", action="store_true", help="as the stages of the paper's experiment use it")
     parser.add_argument("--memory", choices=("sft", "grpo"), help="print the card memory that training should take")
     parser.add_argument("--shards", type=int, default=1, help="cards that share out the weights (launch/fsdp.yaml)")
+    parser.add_argument("--card", type=float, metavar="GIB", help="size of a card: counts vLLM's share of it")
 
 
 def _whose(preset: str, experiment: bool) -> str:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -54,9 +53,9 @@ def _grpo(commands) -> None:
 
 def _merge(commands) -> None:
     def run(arguments) -> None:
-        from vrag_lib.training import merge_adapter
+        from vrag_lib.training import base_of, merge_adapter
 
-        base, out = _base_of(arguments.adapter, arguments.checkpoint), Path(arguments.out)
+        base, out = base_of(arguments.adapter, arguments.checkpoint), Path(arguments.out)
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ValueError(f"{out} is there already; name a new folder, or delete it")
         try:
@@ -74,23 +73,6 @@ def _merge(commands) -> None:
     parser.add_argument("--checkpoint", metavar="BASE", help=help_text)
 
 
-def _base_of(adapter: str, named: str | None) -> str:
-    """The checkpoint to add an adapter to: the one named, else the one that the adapter says it was trained on."""
-    path = Path(adapter) / "adapter_config.json"
-    if not path.is_file():
-        if (Path(adapter) / "config.json").is_file():
-            raise ValueError(f"{adapter} is a whole checkpoint, not a LoRA adapter, and is used as it is")
-        raise ValueError(f"{adapter} holds no LoRA adapter; name the `final` folder of a training run with LoRA")
-    base = named or json.loads(path.read_text()).get("base_model_name_or_path")
-    if not base:
-        raise ValueError(f"{path} does not say what the adapter was trained on; name that with --checkpoint")
-    if Path(base).is_absolute() and not Path(base).is_dir():
-        raise ValueError(f"{base}, what {adapter} was trained on, is not there; name where it is with --checkpoint")
-    if (Path(base) / "adapter_config.json").is_file():
-        raise ValueError(f"{base} is a LoRA adapter, too; merge that one first, then name the model with --checkpoint")
-    return base
-
-
 def _evaluate(commands) -> None:
     def run(arguments) -> None:
         from vrag_lib.answer_metrics import OFFICIAL_METRICS
@@ -100,6 +82,8 @@ def _evaluate(commands) -> None:
         names, paths = arguments.dataset or ["minidocs"], arguments.path or []
         if paths and len(paths) != len(names):
             raise ValueError("--path is given once for each --dataset, in the same order, or not at all")
+        if len(set(names)) < len(names):
+            raise ValueError("a dataset is named twice: put its parts into one folder, or measure them one by one")
         config = read_policy_config(arguments, experiment=names == ["minidocs"])
         out = Path(arguments.out or evaluation_folder(names, config, arguments.agent))
         frame = evaluate_datasets(
@@ -125,7 +109,7 @@ def _evaluate(commands) -> None:
     add_policy_options(parser, "the preset's")
     _judge_options(parser)
     parser.add_argument("--limit", type=int, help="ask only so many questions, evenly spread")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of sampling, one pass each")
+    parser.add_argument("--seeds", type=int, nargs="+", help="seeds of sampling, one pass each (default: seed=)")
     parser.add_argument("--out", help="results folder (default: below the preset's)")
 
 

@@ -45,8 +45,9 @@ def open_datasets(
 ) -> tuple[Corpus, tuple[Question, ...]]:
     """One merged corpus of the named datasets, as the paper evaluates, and all their questions, `dataset` in `extra`.
 
-    datasets: name (one of DATASETS) to local folder; without one `minidocs` is drawn on the spot, its `split`, and a
-    public benchmark is fetched (`dataset_hub`). With several datasets their names go before the uids.
+    datasets: name (one of DATASETS) to local folder; without one `minidocs` is drawn on the spot, and a public
+    benchmark is fetched (`dataset_hub`). With several datasets their names go before the uids.
+    split: of `minidocs`, and of a local `slidevqa`; other datasets have one set of questions.
     partial: leave out the questions on documents that the folder lacks, instead of refusing it.
 
     Raises ValueError for an unknown name or a missing folder, CorpusError for documents that are missing and as
@@ -82,7 +83,7 @@ def _open_dataset(
         if Path(path).is_file():
             raise ValueError(f"{path} is a file; dataset {name!r} needs the folder that holds documents and questions")
         options = {"dpi": config.corpus.dpi, "workers": config.corpus.workers}
-        return load_dataset(form, path, answerable_only=answerable_only, **options)
+        return load_dataset(form, path, answerable_only=answerable_only, split=split, **options)
     if name != "minidocs":
         raise ValueError(f"dataset {name!r} needs the folder that holds its documents and questions")
     from vrag_lib.minidocs import MiniDocs
@@ -106,7 +107,10 @@ def _with_documents(name: str, questions: tuple[Question, ...], corpus: Corpus, 
         f"{len(questions) - len(kept)} of {len(questions)} questions are about them"
     )
     if not partial:
-        raise CorpusError(f"{what}. Add the documents to the folder, or leave these questions out with --partial")
+        raise CorpusError(
+            f"{what}. Add the documents to the folder, or leave these questions out, of their file or, in `vrag "
+            "evaluate`, with --partial"
+        )
     logger.warning("left out: %s", what)
     return kept
 
