@@ -61,7 +61,7 @@ def test_what_cannot_be_merged_is_named(adapter, tmp_path, capsys):
     for arguments, message in [
         ([str(tmp_path), out], "holds no LoRA adapter; name the `final` folder"),
         ([str(random_checkpoint()), out], "is a whole checkpoint"),
-        ([str(tmp_path / "nameless"), out], "name that with --checkpoint"),
+        ([str(tmp_path / "nameless"), out], "`vrag merge --checkpoint` does"),
         ([str(tmp_path / "moved"), out], "is not there; `vrag merge --checkpoint` says where it is"),
         ([str(adapter), out, "--checkpoint", str(adapter)], "is a LoRA adapter, too; merge that one first"),
         ([str(adapter), out, "--checkpoint", str(scale_policy())], "cannot be merged; is that the checkpoint"),

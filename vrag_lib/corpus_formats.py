@@ -161,6 +161,12 @@ def about_kept_documents(corpus: Corpus, questions: Iterable[Question]) -> tuple
     )
 
 
+def with_prefix(prefix: str, corpus: Corpus, questions: Iterable[Question]) -> tuple[Corpus, tuple[Question, ...]]:
+    """The same with `prefix` before document ids and the questions' file names: to tell apart what is called alike."""
+    named = tuple(replace(q, file_name=prefix + re.split(r"[/\\]", q.file_name)[-1]) for q in questions)
+    return corpus.with_prefix(prefix), named
+
+
 def load_dataset(
     name: str,
     path: str | Path,
@@ -189,8 +195,7 @@ def load_dataset(
     corpus = Corpus.from_folder(folder, **{"page_pattern": pattern, **corpus_options})
     questions = about_kept_documents(corpus, questions)
     if prefix:
-        corpus = corpus.with_prefix(prefix)
-        questions = tuple(replace(q, file_name=prefix + re.split(r"[/\\]", q.file_name)[-1]) for q in questions)
+        corpus, questions = with_prefix(prefix, corpus, questions)
     missing = check_gold(corpus, questions)
     if missing:
         logger.warning("%d gold pages are not in the corpus, the first: %s", len(missing), missing[0])

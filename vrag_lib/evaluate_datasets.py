@@ -18,7 +18,7 @@ from vrag_lib.agents import Agent, agent_environment, find_agent, questions_for
 from vrag_lib.answer_metrics import OFFICIAL_METRICS
 from vrag_lib.config import Config, save_config
 from vrag_lib.corpus import Corpus, Question
-from vrag_lib.corpus_formats import answerable, load_dataset
+from vrag_lib.corpus_formats import answerable, load_dataset, with_prefix
 from vrag_lib.dataset_hub import HUB_DATASETS, fetch_dataset
 from vrag_lib.document_files import CorpusError, document_stem
 from vrag_lib.evaluate import DEFAULT_METRICS, run
@@ -46,7 +46,8 @@ def open_datasets(
     """One merged corpus of the named datasets, as the paper evaluates, and all their questions, `dataset` in `extra`.
 
     datasets: name (one of DATASETS) to local folder; without one `minidocs` is drawn on the spot, and a public
-    benchmark is fetched (`dataset_hub`). With several datasets their names go before the uids.
+    benchmark is fetched (`dataset_hub`). With several datasets their names go before the uids,
+    and before document ids where two datasets call different documents alike.
     split: of `minidocs`, and of a local `slidevqa`; other datasets have one set of questions.
     partial: leave out the questions on documents that the folder lacks, instead of refusing it.
 
@@ -58,6 +59,15 @@ def open_datasets(
     for name, path in datasets.items():
         corpus, found = _open_dataset(name, path, config, split, answerable_only)
         found = _with_documents(name, found, corpus, partial)
+        if alike := _called_alike(corpus, corpora):
+            logger.warning(
+                "%d documents of %s are called as others of another dataset, for example %s; they get %s- in front",
+                len(alike),
+                name,
+                alike[0],
+                name,
+            )
+            corpus, found = with_prefix(f"{name}-", corpus, found)
         corpora.append(corpus)
         start = f"{name}:" if len(datasets) > 1 else ""
         questions += [replace(q, uid=start + q.uid, extra={**q.extra, "dataset": name}) for q in found]
@@ -69,6 +79,12 @@ def open_datasets(
 
         corpus = ocr_pages(corpus, workers=config.corpus.workers, pages=config.corpus.ocr)
     return corpus, tuple(questions)
+
+
+def _called_alike(corpus: Corpus, others: Sequence[Corpus]) -> list[str]:
+    """Ids of documents that stand for another content in one of the other corpora."""
+    contents = {document.id: document.sha256 for other in others for document in other.documents}
+    return [d.id for d in corpus.documents if contents.get(d.id, d.sha256) != d.sha256]
 
 
 def _open_dataset(
