@@ -42,6 +42,24 @@ def test_minidocs_from_start_to_end(config):
     assert (frame["uid"].iloc[0], frame["uid"].iloc[-1]) == (asked[0], asked[-1])  # spread over the whole set
 
 
+def test_datasets_that_call_different_documents_alike_are_told_apart(config, tmp_path, caplog):
+    for name, word in (("a", "heron"), ("b", "finch")):
+        words_pdf(tmp_path / name / "documents" / "report.pdf", f"The bird is the {word}")
+        (tmp_path / name / "questions.json").write_text(
+            json.dumps({"examples": [{"uid": "q", "query": "bird?", "reference_answer": word,
+                                      "meta_info": {"file_name": "report.pdf", "reference_page": [1]}}]})
+        )  # fmt: skip
+    (tmp_path / "b" / "questions.json").rename(tmp_path / "b" / "vidoseek.json")
+    corpus, questions = open_datasets({"unified": tmp_path / "a", "vidoseek": tmp_path / "b"}, config)
+    assert corpus.page_ids == ("report_1", "vidoseek-report_1")
+    assert [(q.uid, q.gold_page_ids) for q in questions] == [
+        ("unified:q", ("report_1",)), ("vidoseek:q", ("vidoseek-report_1",))
+    ]  # fmt: skip
+    assert "1 documents of vidoseek are called as others" in caplog.text
+    twice = ["evaluate", "--dataset", "unified", "--path", str(tmp_path / "a"), "--dataset", "unified", "--path", "x"]
+    assert main(twice) == 2
+
+
 def test_datasets_are_merged_into_one_corpus_with_their_own_metrics(config, tmp_path):
     """The same documents under another name, as the paper's page images."""
     docs = MiniDocs(config.minidocs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import multiprocessing
 import os
 import signal
@@ -190,6 +191,12 @@ def test_samples_of_other_settings_do_not_mix(tmp_path):
         run(tmp_path, samples_per_question=2)
     with pytest.raises(SynthesisError, match=r"more\.temperature=None not 0\.5"):
         run(tmp_path, settings={"temperature": 0.5})
+    with pytest.raises(SynthesisError, match=r"other settings: more\.path=None not 'x'; use"):
+        run(tmp_path, settings={"path": "x"})
+    run(tmp_path, settings={"path": None})  # of a setting that came later, recorded nowhere
+    recorded = json.loads((tmp_path / "settings.json").read_text())
+    (tmp_path / "settings.json").write_text(json.dumps(recorded | {"fingerprint": "of an earlier version"}))
+    run(tmp_path)
     (tmp_path / "settings.json").unlink()
     with pytest.raises(SynthesisError, match=r"no readable settings\.json"):
         run(tmp_path)

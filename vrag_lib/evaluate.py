@@ -26,11 +26,12 @@ import numpy as np
 
 from vrag_lib.actions import ActionKind, InvalidReason
 from vrag_lib.answer_metrics import METRICS, is_answerable, is_refusal
-from vrag_lib.config import EnvironmentConfig, provenance
+from vrag_lib.config import EnvironmentConfig
 from vrag_lib.corpus import Corpus, Question
 from vrag_lib.geometry import iou
 from vrag_lib.judge import Judge, rule_judge, verdicts
 from vrag_lib.policy import Policy
+from vrag_lib.provenance import provenance
 from vrag_lib.rendering import read_json, write_atomically
 from vrag_lib.retrieval import Retriever
 from vrag_lib.rewards import ndcg, pattern_reward

@@ -26,13 +26,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from vrag_lib.config import Config, provenance
+from vrag_lib.config import Config
 from vrag_lib.corpus import Corpus, Page, Question
 from vrag_lib.corpus_formats import check_gold, load_dataset, load_questions, question_files
 from vrag_lib.document_files import CorpusError
 from vrag_lib.hybrid import GMMRetriever, HybridRetriever, RRFRetriever, ScoreFusionRetriever
 from vrag_lib.ocr import ocr_pages, read_page
 from vrag_lib.plots import interval_bars, save_figure
+from vrag_lib.provenance import provenance
 from vrag_lib.rendering import read_json, write_atomically
 from vrag_lib.retrieval import Hit, Retriever
 from vrag_lib.stats import bootstrap_mean, paired_difference

@@ -83,7 +83,12 @@ def step_advantages(
         scopes: list[Mapping[str, Sequence[float]]] = [{} for _ in trajectories]
     else:
         names = dict.fromkeys(name for t in trajectories for name in t.rewards)
-        terms = {name: estimate(group_rewards(trajectories, name)) for name in names}
+        # Dividing by the deviation of one reward takes its weight away, which is put back.
+        is_scaled = config.advantage == "group" and config.advantage_std
+        weights = {name: max(abs(t.rewards.get(name, (0, 0))[1]) for t in trajectories) for name in names}
+        terms = {
+            name: estimate(group_rewards(trajectories, name)) * (weights[name] if is_scaled else 1.0) for name in names
+        }
         scopes = [credit(t) for t in trajectories]
 
     def of(i: int) -> Callable[[Sequence[int]], np.ndarray]:

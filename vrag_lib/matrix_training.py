@@ -78,6 +78,8 @@ class Workbench:
     def __init__(self, config: Config, format_trajectories: int | None = None, cold_starts: int = 1):
         if cold_starts < 1:
             raise ValueError(f"reinforcement learning needs at least one cold start, not {cold_starts}")
+        if config.synthesis.dataset is not None or config.synthesis.dataset_path is not None:
+            raise ConfigError("the matrix trains and measures on MiniDocs: leave synthesis.dataset and its path out")
         self.config = config
         self.cold_starts = cold_starts
         self.folder = config.folder("matrix")
@@ -174,7 +176,8 @@ class Workbench:
     def _fine_tuned(self, start: str, cell: Cell, seed: int) -> str:
         settings = self.sft_settings(start, cell, seed)
         shipped = scale_cold_start()
-        if shipped and not differences(read_json(shipped / "settings.json"), settings):
+        recorded = read_json(shipped / "settings.json") if shipped else None
+        if recorded is not None and not differences(recorded, json.loads(json.dumps(settings))):
             return str(shipped)
         config = dataclasses.replace(self.config, seed=seed)
         return self._made(

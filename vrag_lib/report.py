@@ -15,12 +15,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vrag_lib.config import Config, provenance
+from vrag_lib.config import Config
 from vrag_lib.matrix import SEEDS, MatrixError, Outcome, read_rows, states
 from vrag_lib.matrix_cells import CELLS
 from vrag_lib.paper_figures import draw_figures
 from vrag_lib.paper_numbers import ABLATIONS, EFFECTS, PAPER_TABLE_2, SCORE_BEHAVIOUR
 from vrag_lib.paper_tables import BEFORE_AND_AFTER, METHODS, TYPES, make_tables, seeds_spread
+from vrag_lib.provenance import provenance
 from vrag_lib.rendering import write_atomically
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vrag_lib.config import provenance
+from vrag_lib.provenance import provenance
 from vrag_lib.rendering import write_atomically
 from vrag_lib.scale_evaluate import evaluate_policy, write_evaluation
 from vrag_lib.scale_loop import in_processes

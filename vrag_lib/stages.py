@@ -7,6 +7,7 @@
 What comes out is measured by `evaluate_datasets`.
 
 On the `laptop` preset the documents are MiniDocs, the models the shipped scale models and the experts scripted ones.
+`synthesis.dataset` names other documents to train on, `unified` one's own; all stages have to be given the same.
 A stage reads what the one before it left in `results/<preset>/`, and goes on where it was interrupted.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +30,11 @@ from vrag_lib.policy import Policy
 from vrag_lib.retrieval import Retriever
 from vrag_lib.trajectory import Trajectory, read_trajectories, write_trajectories
 
+logger = logging.getLogger(__name__)
+
 EXPERTS = ("scripted", "openai")
+TRAINING_DATASETS = ("slidevqa", "vidoseek", "mmlongbench_doc", "unified")
+"""What `synthesis.dataset` may name; without it the documents are MiniDocs'."""
 VARIANTS = ("relocate", "next_reply", "planner", "grounder")
 _ABOUT = {
     "relocate": "The planner drives; where it wants to look closer, the grounding expert re-locates its box (paper).",
@@ -43,9 +49,9 @@ _SCRIPTED = (
 INPUTS = "inputs.json"
 """What a training depends on: model, data and settings. One with others does not go on in the same folder."""
 
-_LATER = ("concurrency", "trajectories", "rl_questions")
-"""Settings of the synthesis that no sample depends on: how it is asked for, and what is done with them later. Which
-questions are left to sample is known from the questions themselves."""
+_NOT_SAMPLED = ("concurrency", "trajectories", "rl_questions", "dataset_path")
+"""Settings of the synthesis that no sample depends on: how they are asked for, and what is done with them later. The
+questions and documents are known by what is in them."""
 
 SMOKE_DOCUMENTS = 4
 """Documents of each split in a smoke run."""
@@ -66,15 +72,56 @@ class Collection:
 
 
 def collection(config: Config, split: str) -> Collection:
-    """MiniDocs' documents of a split with the configured retriever; training has `synthesis.documents` of them."""
+    """The documents of a split with the configured retriever: those of MiniDocs, `synthesis.documents` of them in
+    training; or for training those of the dataset that `synthesis.dataset` names.
+
+    Raises ConfigError for a dataset that does not exist, needs a folder, or has no such split, else as
+    `evaluate_datasets.open_datasets`.
+    """
     from vrag_lib.minidocs import MiniDocs
 
+    if config.synthesis.dataset is not None or config.synthesis.dataset_path is not None:
+        return _dataset_collection(config, split)
     counts = {"train_documents": config.synthesis.documents}
     if config.smoke:
         counts = {f"{name}_documents": SMOKE_DOCUMENTS for name in ("train", "validation", "test")}
     docs = MiniDocs(dataclasses.replace(config.minidocs, **counts))
     corpus = docs.corpus(split)
     return Collection(docs.questions(split), corpus, functools.partial(make_retriever, corpus, config))
+
+
+def _dataset_collection(config: Config, split: str) -> Collection:
+    """`synthesis.dataset` with the questions that can be learnt from: those with an answer whose gold pages are there.
+    A smoke run has those of its first documents."""
+    from vrag_lib.dataset_hub import HUB_DATASETS
+    from vrag_lib.evaluate_datasets import open_datasets
+
+    name, path = config.synthesis.dataset, config.synthesis.dataset_path
+    if name not in TRAINING_DATASETS:
+        known = ", ".join(TRAINING_DATASETS)
+        raise ConfigError(
+            f"synthesis.dataset is one of {known}, or none: MiniDocs, without a dataset_path; it is not {name!r}"
+        )
+    if path is None and name not in HUB_DATASETS:
+        raise ConfigError(
+            f"synthesis.dataset={name} needs synthesis.dataset_path=, a folder of documents and questions"
+        )
+    if split != "train":
+        raise ConfigError(
+            f"synthesis.dataset={name} is for training and has no split {split!r}: measure with `vrag evaluate "
+            "--dataset`, or on MiniDocs with synthesis.dataset=none"
+        )
+    if name in HUB_DATASETS and (path is None or name != "slidevqa"):
+        logger.warning("the questions of %s are a test set: what is trained on them cannot be measured on them", name)
+    corpus, questions = open_datasets({name: path}, config, split)
+    there = [question for question in questions if all(page in corpus for page in question.gold_page_ids)]
+    if len(there) < len(questions):
+        logger.warning("left out: %d of %d questions lack gold pages", len(questions) - len(there), len(questions))
+    if config.smoke:
+        some = list(dict.fromkeys(document_stem(question.file_name) for question in there))[:SMOKE_DOCUMENTS]
+        there = [question for question in there if document_stem(question.file_name) in some]
+        corpus = corpus.with_documents(some)
+    return Collection(tuple(there), corpus, functools.partial(make_retriever, corpus, config))
 
 
 def training_questions(config: Config, questions: Sequence[Question]) -> tuple[list[Question], list[Question]]:
@@ -90,26 +137,35 @@ def set_apart(config: Config, train: Collection) -> Collection:
     That is several times as many pages as the test split has, and spares an index of those that SFT learnt from."""
     questions = training_questions(config, train.questions)[1]
     names = {document_stem(question.file_name) for question in questions}
-    corpus = Corpus(document for document in train.corpus.documents if document.id in names)
+    corpus = train.corpus.with_documents(names)
     return Collection(tuple(questions), corpus, functools.partial(make_retriever, corpus, config))
 
 
-def make_experts(config: Config, questions: Sequence[Question], corpus: Corpus) -> tuple[Policy, Any]:
-    """Planner and grounding expert as `synthesis.experts` names them.
+def check_experts(config: Config) -> None:
+    """Raises ConfigError for an unknown `synthesis.experts`, for scripted ones on other documents than MiniDocs, and
+    where an endpoint or a model is missing."""
+    settings = config.synthesis
+    if settings.experts not in EXPERTS:
+        raise ConfigError(f"synthesis.experts is one of {', '.join(EXPERTS)}, not {settings.experts!r}")
+    if settings.experts == "scripted" and settings.dataset is not None:
+        raise ConfigError(
+            f"scripted experts know MiniDocs alone, not {settings.dataset}: set synthesis.experts=openai, "
+            "policy.base_url=, synthesis.planner= and synthesis.grounder="
+        )
+    if settings.experts == "openai" and not (config.policy.base_url and settings.planner and settings.grounder):
+        raise ConfigError("synthesis.experts=openai needs policy.base_url=, synthesis.planner= and synthesis.grounder=")
 
-    Raises ConfigError for an unknown kind, and where an endpoint or a model is missing.
-    """
+
+def make_experts(config: Config, questions: Sequence[Question], corpus: Corpus) -> tuple[Policy, Any]:
+    """Planner and grounding expert as `synthesis.experts` names them. Raises ConfigError as `check_experts`."""
+    check_experts(config)
     settings = config.synthesis
     if settings.experts == "scripted":
         from vrag_lib.experts_scripted import ScriptedGrounder, ScriptedPlanner
 
         return ScriptedPlanner(questions), ScriptedGrounder(questions)
-    if settings.experts != "openai":
-        raise ConfigError(f"synthesis.experts is one of {', '.join(EXPERTS)}, not {settings.experts!r}")
     from vrag_lib.experts_openai import OpenAIGrounder, openai_planner
 
-    if not (config.policy.base_url and settings.planner and settings.grounder):
-        raise ConfigError("synthesis.experts=openai needs policy.base_url=, synthesis.planner= and synthesis.grounder=")
     shared = {"api_key_env": config.policy.api_key_env, "concurrency": settings.concurrency}
     planner = openai_planner(
         corpus, config.policy.base_url, settings.planner, temperature=settings.temperature, **shared
@@ -162,6 +218,7 @@ def synthesize(config: Config, train: Collection | None = None) -> Path:
     from vrag_lib.synthesis_export import write_card, write_dataset, write_llama_factory
     from vrag_lib.synthesis_filters import balance, filter_trajectories
 
+    check_experts(config)  # before hours of drawing pages
     train = train or collection(config, "train")
     settings, folder = config.synthesis, config.folder("synthesis")
     cold_start, for_rl = training_questions(config, train.questions)
@@ -180,7 +237,7 @@ def synthesize(config: Config, train: Collection | None = None) -> Path:
             workers=settings.concurrency if settings.experts == "openai" else 1,
             batch_size=64,
             oracle=settings.oracle_pages,
-            settings={"synthesis": {k: v for k, v in dataclasses.asdict(settings).items() if k not in _LATER}},
+            settings={"synthesis": {k: v for k, v in dataclasses.asdict(settings).items() if k not in _NOT_SAMPLED}},
             preset=config.preset,
         )
     finally:

@@ -50,7 +50,7 @@ SAVE_SECONDS = 5.0
 _SETTINGS = "settings.json"
 
 _DROPPED = ("more.synthesis.concurrency", "more.synthesis.trajectories", "more.synthesis.rl_questions",
-            "more.policy_settings.base_url")  # fmt: skip
+            "more.synthesis.dataset_path", "more.policy_settings.base_url")  # fmt: skip
 """What earlier versions wrote into it and no sample depends on."""
 
 OF_THE_MODEL = frozenset({"refusal", "too_large"})

@@ -36,8 +36,8 @@ from typing import Any
 from tqdm import tqdm
 
 from vrag_lib.actions import ActionKind
-from vrag_lib.config import provenance
-from vrag_lib.corpus import Corpus, Question
+from vrag_lib.corpus import Corpus, Question, document_stem
+from vrag_lib.provenance import provenance
 from vrag_lib.rendering import read_json, write_atomically
 from vrag_lib.synthesis_filters import Funnel
 from vrag_lib.trajectory import ImageRef, Trajectory, Turn
@@ -200,26 +200,29 @@ def _json(value: Any) -> bytes:
 def split_questions(
     questions: Sequence[Question], n_rl: int, seed: int
 ) -> tuple[tuple[Question, ...], tuple[Question, ...]]:
-    """Questions for SFT and `n_rl` questions for reinforcement learning that share no document, both in the order
-    given. Whole documents are drawn for the latter; the few questions they have beyond `n_rl` belong to neither part.
+    """Questions for SFT and `n_rl` questions for reinforcement learning that share no document, however its name is
+    written, both in the order given. Whole documents are drawn for the latter; the few questions they have beyond
+    `n_rl` belong to neither part.
 
     Raises ValueError when a question names no document, or there are too few questions or documents for both parts.
     """
+    remedy = "draw them from more documents, or set fewer apart (synthesis.rl_questions)"
     nameless = next((question.uid for question in questions if not question.file_name), None)
     if nameless is not None:
         raise ValueError(f"question {nameless!r} names no document, so it cannot be kept apart from others")
     if not 0 <= n_rl < len(questions):
-        raise ValueError(f"cannot set {n_rl} of {len(questions)} questions apart; draw them from more documents")
-    documents = sorted({question.file_name for question in questions})
+        raise ValueError(f"cannot set {n_rl} of {len(questions)} questions apart; {remedy}")
+    counts = Counter(document_stem(question.file_name) for question in questions)
+    documents = sorted(counts)
     random.Random(seed).shuffle(documents)
-    counts = Counter(question.file_name for question in questions)
     apart: set[str] = set()
     while sum(counts[document] for document in apart) < n_rl:
         apart.add(documents.pop())
     if not documents:
-        raise ValueError(f"{n_rl} of {len(questions)} questions take all documents; draw them from more documents")
-    rl = [question for question in questions if question.file_name in apart]
-    return tuple(question for question in questions if question.file_name not in apart), tuple(rl[:n_rl])
+        raise ValueError(f"{n_rl} of {len(questions)} questions take all documents; {remedy}")
+    sft = [question for question in questions if document_stem(question.file_name) not in apart]
+    rl = [question for question in questions if document_stem(question.file_name) in apart]
+    return tuple(sft), tuple(rl[:n_rl])
 
 
 def write_card(

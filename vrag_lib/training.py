@@ -90,7 +90,7 @@ def check_checkpoint(path: str | Path) -> None:
     if folder.is_dir():
         if not any((folder / name).is_file() for name in ("config.json", _ADAPTER)):
             raise CheckpointError(f"{path} holds no model: it has neither config.json nor {_ADAPTER}")
-    elif len(folder.parts) != 2 or folder.parent.is_dir() or folder.parts[0] in ("~", ".", "..", "/"):
+    elif len(folder.parts) != 2 or folder.parent.is_dir() or str(path).startswith((".", "/", "~")):
         raise CheckpointError(f"{path} is not there; a checkpoint is a folder, or a hub id like Qwen/Qwen2.5-VL-3B")
 
 
@@ -109,11 +109,25 @@ def whole_checkpoint(path: str | Path, merged: Path) -> str | Path:
     return merged
 
 
-def base_of(adapter: str | Path) -> str:
-    """The checkpoint that a LoRA adapter was trained on. Raises ConfigError where it does not say."""
-    base = json.loads((Path(adapter) / _ADAPTER).read_text()).get("base_model_name_or_path")
+def base_of(adapter: str | Path, named: str | None = None) -> str:
+    """The checkpoint to add an adapter to: the one named, else the one that the adapter says it was trained on.
+
+    Raises ConfigError where there is no adapter, or no whole checkpoint for it.
+    """
+    path = Path(adapter) / _ADAPTER
+    if not path.is_file():
+        if (Path(adapter) / "config.json").is_file():
+            raise ConfigError(f"{adapter} is a whole checkpoint, not a LoRA adapter, and is used as it is")
+        raise ConfigError(f"{adapter} holds no LoRA adapter; name the `final` folder of a training run with LoRA")
+    base = named or json.loads(path.read_text()).get("base_model_name_or_path")
     if not base:
-        raise ConfigError(f"{adapter} does not say which checkpoint it was trained on: `vrag merge --checkpoint` does")
+        raise ConfigError(f"{path} does not say what the adapter was trained on; `vrag merge --checkpoint` does")
+    if Path(base).is_absolute() and not Path(base).is_dir():
+        raise ConfigError(
+            f"{base}, what {adapter} was trained on, is not there; `vrag merge --checkpoint` says where it is"
+        )
+    if (Path(base) / _ADAPTER).is_file():
+        raise ConfigError(f"{base} is a LoRA adapter, too; merge that one first, then name the model with --checkpoint")
     return base
 
 
