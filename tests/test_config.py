@@ -37,6 +37,12 @@ def test_overrides_reach_nested_fields_with_their_types():
         ("laptop", ["environment=3"], "'environment' is a stage"),
         ("laptop", ["seed.x=3"], "has no parts"),
         ("laptop", ["environment.allow_crop=maybe"], "true or false"),
+        ("laptop", ["environment.max_turns=0"], r"environment\.max_turns is at least 1 and finite, not 0"),
+        ("laptop", ["environment.search_depth=-1"], "search_depth is at least 1"),
+        ("laptop", ["environment.crop_padding=inf"], "crop_padding is at least 0 and finite, not inf"),
+        ("laptop", ["environment.max_pixels=784"], r"min_pixels=\d+ is more than environment\.max_pixels=784"),
+        ("laptop", ["policy.temperature=-0.1"], r"policy\.temperature is at least 0 and finite, not -0\.1"),
+        ("laptop", ["policy.temperature=nan"], "temperature is at least 0"),
     ],
 )
 def test_wrong_presets_and_keys_are_named_with_the_remedy(preset, override, message):

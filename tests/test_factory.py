@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from vrag_lib import factory
@@ -24,3 +26,10 @@ def test_a_checkpoint_says_how_large_it_reads_images(tmp_path):
     assert factory.image_pixels(factory.scale_agent()) == (80 * 28 * 28, 96 * 28 * 28)
     with pytest.raises(CheckpointError, match="cannot be loaded"):
         factory.image_pixels(tmp_path)
+
+
+def test_a_policy_is_not_made_with_a_temperature_that_is_none():
+    config = load_config("laptop")
+    config = dataclasses.replace(config, policy=dataclasses.replace(config.policy, temperature=-1.0))
+    with pytest.raises(ConfigError, match=r"policy\.temperature is at least 0"):
+        factory.make_policy(None, config)

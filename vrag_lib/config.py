@@ -26,8 +26,15 @@ class ConfigError(ValueError):
     """An unknown preset or key, or a value of the wrong kind; the message names it and what is allowed."""
 
 
-def _doc(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"doc": text})
+def _doc(default: Any, text: str, least: float | None = None) -> Any:
+    return field(default=default, metadata={"doc": text, "least": least})
+
+
+def _check_least(stage: Any, name: str) -> None:
+    for f in dataclasses.fields(stage):
+        least, value = f.metadata.get("least"), getattr(stage, f.name)
+        if least is not None and not least <= value < float("inf"):
+            raise ConfigError(f"{name}.{f.name} is at least {least} and finite, not {value}")
 
 
 @dataclass(frozen=True)
@@ -56,21 +63,23 @@ class RetrievalConfig:
 class EnvironmentConfig:
     """What the agent may do and what it sees. The same in training, evaluation and demo."""
 
-    max_turns: int = _doc(5, "replies per trajectory, the answer included (released code: 4 + 1 final)")
-    max_invalid_streak: int = _doc(3, "invalid replies in a row that end a trajectory; 0: never")
+    max_turns: int = _doc(5, "replies per trajectory, the answer included (released code: 4 + 1 final)", 1)
+    max_invalid_streak: int = _doc(3, "invalid replies in a row that end a trajectory; 0: never", 0)
     allow_search: bool = _doc(True, "whether the search action exists")
     allow_crop: bool = _doc(True, "whether the crop action exists")
     min_pixels: int = _doc(256 * 28 * 28, "least area of a shown image, pixels (256 vision tokens)")
     max_pixels: int = _doc(512 * 28 * 28, "largest area of a shown image, pixels (512 vision tokens)")
-    crop_padding: float = _doc(0.0, "margin added round every crop box, shown pixels (released training: 0)")
-    search_depth: int = _doc(10, "ranked pages asked of the retriever for each search")
+    crop_padding: float = _doc(0.0, "margin added round every crop box, shown pixels (released training: 0)", 0)
+    search_depth: int = _doc(10, "ranked pages asked of the retriever for each search", 1)
     given: str = _doc("none", "shown with the question: none, retrieved (by the question), gold_pages, gold_regions")
     given_pages: int = _doc(0, "given=retrieved: pages shown with the question, the best first")
     observation: str = _doc("image", "what a page is shown as: image, or text (its text layer or OCR; no crop then)")
-    page_chars: int = _doc(2048, "observation=text: longest text of one page, characters (about 512 tokens)")
+    page_chars: int = _doc(2048, "observation=text: longest text of one page, characters (about 512 tokens)", 1)
 
     def validate(self) -> None:
-        """Raises ConfigError, naming the setting, for an unknown value or settings that exclude each other."""
+        """Raises ConfigError, naming the setting, for an unknown value or settings that exclude each other, else as
+        `check_ranges`."""
+        self.check_ranges()
         for name, allowed in (
             ("given", ("none", "retrieved", "gold_pages", "gold_regions")),
             ("observation", ("image", "text")),
@@ -87,8 +96,14 @@ class EnvironmentConfig:
                 "environment.observation=text leaves nothing to crop: set environment.allow_crop=false and give no "
                 "gold_regions"
             )
-        if self.page_chars < 1:
-            raise ConfigError(f"environment.page_chars is at least 1, not {self.page_chars}")
+
+    def check_ranges(self) -> None:
+        """Raises ConfigError, naming the setting, for a number out of its range."""
+        _check_least(self, "environment")
+        if self.min_pixels > self.max_pixels:
+            raise ConfigError(
+                f"environment.min_pixels={self.min_pixels} is more than environment.max_pixels={self.max_pixels}"
+            )
 
 
 @dataclass(frozen=True)
@@ -99,13 +114,17 @@ class PolicyConfig:
     model: str = _doc("", "transformers: path or hub id; openai: the model's name at the endpoint")
     base_url: str = _doc("", "openai: endpoint, up to and including /v1")
     api_key_env: str = _doc("OPENAI_API_KEY", "openai: name of the environment variable that holds the key")
-    temperature: float = _doc(1.0, "sampling temperature; 0 is greedy")
+    temperature: float = _doc(1.0, "sampling temperature; 0 is greedy", 0)
     top_p: float = _doc(1.0, "nucleus of the sampling distribution")
     max_reply_tokens: int = _doc(2048, "longest reply, tokens (paper Table 6)")
     max_context_tokens: int = _doc(10240, "longest context with its reply, tokens, image tokens counted")
     batch_size: int = _doc(8, "conversations generated together")
     device: str = _doc("auto", "auto, cpu or cuda")
     dtype: str = _doc("auto", "auto, float32 or bfloat16")
+
+    def validate(self) -> None:
+        """Raises ConfigError, naming the setting, for a number out of its range."""
+        _check_least(self, "policy")
 
 
 @dataclass(frozen=True)
@@ -350,12 +369,15 @@ def load_config(
 
 
 def override(config: Config, overrides: list[str] | tuple[str, ...]) -> Config:
-    """The config with `key=value` overrides applied, the later one winning. Raises ConfigError as `load_config`."""
+    """The config with `key=value` overrides applied, the later one winning. Raises ConfigError as `load_config`, and
+    for numbers of `environment` and `policy` out of their range: here, before anything is made with them."""
     for text in overrides:
         key, sign, value = text.partition("=")
         if not sign:
             raise ConfigError(f"an override is written key=value, for example seed=1; got {text!r}")
         config = _replace(config, key.strip().split("."), value.strip(), key.strip())
+    config.environment.check_ranges()
+    config.policy.validate()
     return config
 
 

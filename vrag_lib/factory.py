@@ -114,6 +114,7 @@ def make_policy(corpus: Corpus, config: Config) -> Policy:
     Raises ConfigError for an unknown kind or engine, or one whose model, endpoint or package is missing.
     """
     settings = config.policy
+    settings.validate()
     config.rollout.validate()
     limits = {
         "temperature": settings.temperature,
