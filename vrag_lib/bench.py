@@ -273,8 +273,8 @@ def write_results(
     """Write a benchmark's `metrics.csv`, `config.json` with its provenance, and `picture`, drawn from the CSV."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    about = {"config": settings, "provenance": provenance(seed)}
-    provenance["hardware"]["load_average"] = os.getloadavg()[0]  # above the number of cores, others were at work
+    about = provenance(seed)
+    about["hardware"]["load_average"] = os.getloadavg()[0]  # above the number of cores, others were at work
     table.to_csv(folder / "metrics.csv", index=False, float_format="%.6g")
-    (folder / "config.json").write_text(json.dumps(about, indent=1) + "\n")
+    (folder / "config.json").write_text(json.dumps({"config": settings, "provenance": about}, indent=1) + "\n")
     save_figure(draw(pd.read_csv(folder / "metrics.csv")), folder / picture)
