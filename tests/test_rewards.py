@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from vrag_lib.corpus import Question
 from vrag_lib.geometry import Size
-from vrag_lib.policy import ScriptedPolicy
 from vrag_lib.judge import JudgeError
+from vrag_lib.policy import ScriptedPolicy
 from vrag_lib.rewards import RECIPES, RewardRecipe, Scorer, ndcg, score
 from vrag_lib.rollout import rollout
 from vrag_lib.trajectory import Trajectory
