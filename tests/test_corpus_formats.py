@@ -64,6 +64,21 @@ def test_unified(tmp_path: Path) -> None:
     assert question.gold_page_ids == ("2023.acl-long.386_10", "2023.acl-long.386_11")
 
 
+def test_unified_items_need_a_query_and_an_answer_only(tmp_path: Path) -> None:
+    items = [
+        {"query": "Which year?", "reference_answer": 1999},
+        {"query": "Who?", "reference_answer": "Ann", "meta_info": {"file_name": "a.pdf", "reference_page": [2]}},
+        {"uid": "mine", "query": "How many?", "reference_answer": "4", "meta_info": {"file_name": "a.pdf"}},
+        {"query": "And then?", "reference_answer": "5"},
+    ]
+    questions = load_questions(_write(tmp_path / "questions.json", items), "unified")
+    assert [question.uid for question in questions] == ["q1", "q2", "mine", "q4"]
+    assert questions[0] == Question("q1", "Which year?", "1999")
+    assert [question.gold_page_ids for question in questions] == [(), ("a_2",), (), ()]
+    write_unified(questions, tmp_path / "again.json")
+    assert load_questions(tmp_path / "again.json") == questions
+
+
 def test_slidevqa_annotation(tmp_path: Path) -> None:
     line = {
         "deck_name": "deck.name-150318_95",
@@ -129,9 +144,10 @@ def test_the_shared_vidoseek_example_loads_with_its_pages(tmp_path: Path) -> Non
 BAD = [
     (_item(uid=None), "field uid: missing"),
     (_item(query=""), "field query: missing or empty"),
-    ({"query": "x"}, "field uid: missing"),
+    ({"query": "x"}, "field reference_answer: missing"),
     ("text", "not an object but str"),
     (_item(meta={"file_name": None}), "field file_name"),
+    (_item(meta={"file_name": ""}), "field file_name: missing or empty"),
     (_item(meta={"reference_page": [-1]}), "-1 is no page number"),
     (_item(meta={"reference_page": [True]}), "True is no page number"),
     (_item(meta={"reference_page": ["4"]}), "'4' is no page number"),

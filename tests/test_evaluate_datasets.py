@@ -60,6 +60,25 @@ def test_datasets_that_call_different_documents_alike_are_told_apart(config, tmp
     assert main(twice) == 2
 
 
+def test_own_questions_need_no_uid_and_no_page(config, tmp_path):
+    """What the README shows: a folder with documents and a list of questions and answers."""
+    words_pdf(tmp_path / "own" / "documents" / "report.pdf", "Cover", "Revenue in 2021 was 3.2 million")
+    known = {"meta_info": {"file_name": "report.pdf", "reference_page": [2]}}
+    items = [
+        {"query": "What was the revenue in 2021?", "reference_answer": "3.2 million", **known},
+        {"query": "Who chairs the board?", "reference_answer": "Ann Lee"},
+        {"query": "Who founded it?", "reference_answer": "Not answerable"},
+    ]
+    (tmp_path / "own" / "questions.json").write_text(json.dumps(items))
+    policy = ScriptedPolicy(["<search>revenue</search>", "<answer>3.2 million</answer>"])
+    frame = evaluate_datasets({"unified": tmp_path / "own"}, config, tmp_path / "out", policy=policy)
+    assert list(frame["uid"]) == ["q1", "q2"] and list(frame["judge"]) == [1, 0]
+    assert frame["ndcg"].iloc[0] == 1 and frame["ndcg"].isna().iloc[1]
+    (tmp_path / "own" / "questions.json").write_text(json.dumps(items[1:2]))
+    frame = evaluate_datasets({"unified": tmp_path / "own"}, config, tmp_path / "plain", policy=policy)
+    assert list(frame["uid"]) == ["q1"] and frame["ndcg"].isna().all()
+
+
 def test_datasets_are_merged_into_one_corpus_with_their_own_metrics(config, tmp_path):
     """The same documents under another name, as the paper's page images."""
     docs = MiniDocs(config.minidocs)

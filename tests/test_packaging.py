@@ -22,8 +22,16 @@ def normal(pin: str) -> str:
 def test_environment_yml_carries_the_pins_of_pyproject():
     text = (ROOT / "environment.yml").read_text()
     pins = re.findall(r"^ {6}- (\S+==\S+)$", text, re.M)
-    assert sorted(map(normal, pins)) == sorted(map(normal, PROJECT["dependencies"]))
+    wanted = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]
+    assert sorted(map(normal, pins)) == sorted(map(normal, wanted))
     assert "python=3.11" in text
+    for line in ("-c constraints.txt", "-e .[dev]"):
+        assert f"      - {line}\n" in text
+
+
+def test_make_asks_for_the_python_of_pyproject():
+    bounds = re.fullmatch(r">=3\.(\d+),<3\.(\d+)", PROJECT["requires-python"])
+    assert f"(3, {bounds[1]}) <= sys.version_info < (3, {bounds[2]})" in (ROOT / "Makefile").read_text()
 
 
 def test_every_dependency_is_pinned_and_locked_at_the_same_version():
@@ -60,6 +68,20 @@ def test_every_module_compiles_without_a_warning():
         warnings.simplefilter("error")
         for path in (ROOT / "vrag_lib").glob("*.py"):
             compile(path.read_text(), path, "exec", dont_inherit=True)
+
+
+def test_the_readmes_table_names_every_module():
+    rows = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| `")]
+    named = {name for row in rows for name in re.findall(r"`([\w*]+)`", row.split("|")[1])}
+    families = tuple(name.removesuffix("*") for name in named if name.endswith("*"))
+    modules = {path.stem for path in (ROOT / "vrag_lib").glob("*.py")} - {"__init__"}
+    assert not {name for name in modules - named if not name.startswith(families)}
+
+
+def test_the_citation_names_this_version():
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"version: {PROJECT['version']}\n" in citation and f"license: {PROJECT['license']}\n" in citation
+    assert f"version = {{{PROJECT['version']}}}" in (ROOT / "README.md").read_text()
 
 
 def test_modules_stay_readable():

@@ -8,7 +8,9 @@ kept, so that counts stay those of the benchmark (MMLongBench-Doc has such slips
 The formats (spec 1.7, 2.4; the public repositories of SlideVQA and MMLongBench-Doc):
 
 * `unified` and `vidoseek`: `{"examples": [{uid, query, reference_answer, meta_info: {file_name, reference_page,
-  source_type, query_type, ...}}]}`; the refined SlideVQA test file has this form too.
+  source_type, query_type, ...}}]}`, or the bare list; the refined SlideVQA test file has this form too. Only query and
+  reference_answer are needed: an item without a uid is called by its place, q1, q2, ..., and one without reference
+  pages needs no file_name.
 * `slidevqa`: the original annotation, one JSON object a line: qa_id, deck_name, question, answer, evidence_pages,
   reasoning_type, answer_type, arithmetic_expression, and the deck's URLs.
 * `mmlongbench_doc`: a JSON list of doc_id, doc_type, question, answer, evidence_pages, evidence_sources,
@@ -83,6 +85,8 @@ def load_questions(
         raise CorpusError(f"{file} is in the {form} format, not in {format}; pass format={form!r} or 'auto'")
     questions: dict[str, Question] = {}
     for index, item in enumerate(items):
+        if form == "unified" and isinstance(item, dict):
+            item = {"uid": f"q{index + 1}", **item}
         try:
             question = _READERS[form](item, questions)
             if question.uid in questions:
@@ -163,7 +167,9 @@ def about_kept_documents(corpus: Corpus, questions: Iterable[Question]) -> tuple
 
 def with_prefix(prefix: str, corpus: Corpus, questions: Iterable[Question]) -> tuple[Corpus, tuple[Question, ...]]:
     """The same with `prefix` before document ids and the questions' file names: to tell apart what is called alike."""
-    named = tuple(replace(q, file_name=prefix + re.split(r"[/\\]", q.file_name)[-1]) for q in questions)
+    named = tuple(
+        replace(q, file_name=prefix + re.split(r"[/\\]", q.file_name)[-1]) if q.file_name else q for q in questions
+    )
     return corpus.with_prefix(prefix), named
 
 
@@ -274,12 +280,13 @@ def _unified(item: Any, before: dict[str, Question]) -> Question:
     if not isinstance(meta, dict):
         raise _ItemError("field meta_info: not an object")
     own = {key: value for key, value in item.items() if key not in ("uid", "query", "reference_answer", "meta_info")}
+    pages = _pages(meta, "reference_page")
     return Question(
         uid=_text(item, "uid"),
         query=_text(item, "query"),
         reference_answer=_text(item, "reference_answer"),
-        file_name=_text(meta, "file_name"),
-        reference_pages=_pages(meta, "reference_page"),
+        file_name=_text(meta, "file_name", None if pages else ""),
+        reference_pages=pages,
         source_type=_text(meta, "source_type", ""),
         query_type=_text(meta, "query_type", ""),
         extra={**own, **{key: value for key, value in meta.items() if key not in _META_FIELDS}},

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vrag_lib.agents import Agent, agent_environment, find_agent, questions_for
-from vrag_lib.answer_metrics import OFFICIAL_METRICS
+from vrag_lib.answer_metrics import OFFICIAL_METRICS, is_answerable
 from vrag_lib.config import Config, save_config
 from vrag_lib.corpus import Corpus, Question
 from vrag_lib.corpus_formats import answerable, load_dataset, with_prefix
@@ -99,7 +99,11 @@ def _open_dataset(
         if Path(path).is_file():
             raise ValueError(f"{path} is a file; dataset {name!r} needs the folder that holds documents and questions")
         options = {"dpi": config.corpus.dpi, "workers": config.corpus.workers}
-        return load_dataset(form, path, answerable_only=answerable_only, split=split, **options)
+        own = name == "unified"  # asked whether pages are known or not
+        corpus, questions = load_dataset(
+            form, path, answerable_only=answerable_only and not own, split=split, **options
+        )
+        return corpus, tuple(filter(is_answerable, questions)) if own and answerable_only else questions
     if name != "minidocs":
         raise ValueError(f"dataset {name!r} needs the folder that holds its documents and questions")
     from vrag_lib.minidocs import MiniDocs
@@ -114,6 +118,7 @@ def _with_documents(name: str, questions: tuple[Question, ...], corpus: Corpus, 
     the benchmark counts them, and was named by the corpus."""
     there = {document.id for document in corpus.documents}
     there |= {document_stem(problem.path) for problem in corpus.problems}
+    there.add("")  # a question that names no document needs none of them
     missing = sorted({q.file_name for q in questions if document_stem(q.file_name) not in there})
     if not missing:
         return questions
