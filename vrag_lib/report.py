@@ -210,8 +210,8 @@ def collapse(tables: Mapping[str, pd.DataFrame]) -> str:
     if same.empty:
         return ""
     said = [
-        f"- `{row.cell}` ({row.about}): {_said(row.top_answer)} in {row.top_share:.1f} %, with the second most "
-        f"frequent answer {row.top_two_share:.1f} %"
+        f"- `{row.cell}` ({row.about}): {_said(row.top_answer)} in {row.top_share:.1f} %, that or the second "
+        f"most frequent in {row.top_two_share:.1f} %"
         for row in same.itertuples()
     ]
     lines = ["How often such an agent finishes, and how few of its replies are invalid, says nothing about its skill."]
