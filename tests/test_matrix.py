@@ -88,6 +88,7 @@ def test_the_papers_comparisons_differ_in_what_they_compare():
         differing("vrag_rl", "search_r1") == {"chain"} | crop
     )  # the confound of Table 1, taken apart by the two above
     assert differing("cold_start", "search_r1") == crop
+    assert differing("vrag_prompted", "cold_start") == {"chain"}
     assert differing("vrag_rl", "no_crop_same_sft") == {"environment.allow_crop"}
     assert differing("released_code", "no_gate") == reward == differing("vrag_rl", "released_code")
     assert RECIPES["released_code"] == dataclasses.replace(RECIPES["paper_cold_start"], gate=True)

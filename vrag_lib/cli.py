@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,11 +52,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         return arguments.run(arguments) or 0
+    except BrokenPipeError:  # whoever read the output has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError, RuntimeError) as error:
         if arguments.traceback:
             raise
         print(f"vrag {arguments.command}: {error}", file=sys.stderr)
-        return 2
+        return getattr(error, "exit_status", 2)
     except KeyboardInterrupt:
         print("interrupted; finished parts are kept and the same command goes on from them", file=sys.stderr)
         return 130
@@ -139,10 +143,10 @@ _SHOWN = ("R@1", "R@5", "R@10", "MRR@5", "nDCG@5")
 def _eval_retrieval(commands) -> None:
     def run(arguments) -> None:
         from vrag_lib.dataset_hub import find_dataset
-        from vrag_lib.evaluate_retrieval import run_eval_retrieval
+        from vrag_lib.evaluate_retrieval import default_folder, run_eval_retrieval
 
         config = read_config(arguments)
-        out = Path(arguments.out or config.folder("retrieval"))
+        out = Path(arguments.out or default_folder(config, arguments.dataset))
         dataset = find_dataset(arguments.dataset)
         table = run_eval_retrieval(dataset, out, workers=config.corpus.workers, seed=config.seed)
         print(f"percent, 95 % intervals over questions\n{interval_table(table, ['method'], _SHOWN)}")
@@ -151,7 +155,7 @@ def _eval_retrieval(commands) -> None:
     what = "measure retrieval methods on a document benchmark: recall, nDCG, MRR with 95 % intervals, seconds"
     positionals = [("dataset", "folder of documents and questions, or slidevqa, vidoseek or mmlongbench_doc")]
     parser = add_command(commands, "eval-retrieval", run, what, positionals)
-    parser.add_argument("--out", help="results folder (default: results/<preset>/retrieval)")
+    parser.add_argument("--out", help="results folder (default: results/<preset>/retrieval_<dataset>)")
 
 
 def _config(commands) -> None:

@@ -116,6 +116,8 @@ def _evaluate(commands) -> None:
 def _judge_options(parser) -> None:
     parser.add_argument("--judge-model", help="let this model behind an endpoint judge (default: the rule judge)")
     parser.add_argument("--judge-url", help="the judge's endpoint (default: the policy's)")
+    judges = "its question: right or wrong as in the paper, or ViDoRAG's 1 to 5 points, of which 4 are right"
+    parser.add_argument("--judge-protocol", choices=("paper", "vidorag"), default="paper", help=judges)
 
 
 def _judge(arguments, config):
@@ -123,12 +125,13 @@ def _judge(arguments, config):
 
     if not arguments.judge_model:
         return rule_judge
-    from vrag_lib.judge_openai import OpenAIJudge
+    from vrag_lib.judge_openai import OpenAIJudge, ViDoRAGJudge
 
     url = arguments.judge_url or config.policy.base_url
     if not url:
         raise ValueError("--judge-model needs --judge-url, or policy.base_url= where the policy's endpoint judges too")
-    return OpenAIJudge(url, arguments.judge_model, api_key_env=config.policy.api_key_env)
+    judge = ViDoRAGJudge if arguments.judge_protocol == "vidorag" else OpenAIJudge
+    return judge(url, arguments.judge_model, api_key_env=config.policy.api_key_env)
 
 
 def _minidocs(commands) -> None:

@@ -29,6 +29,7 @@ _NUMBER = re.compile(r"([-+]?)\s*([$€£¥]?)\s*([-+]?)(\d{1,3}(?:,\d{3})+|\d+)
 _UNIT_NAMES = {"percent": "%", "dollar": "$", "usd": "$", "euro": "€", "eur": "€", "pound": "£", "gbp": "£", "yen": "¥"}
 _NO_UNIT = frozenset("a an and the but or not no maybe perhaps possibly probably if unless either neither".split())  # noqa: SIM905
 _MOST_UNIT_WORDS = 4
+_UNIT_WORD = re.compile(r"[%$€£¥°]|°?[^\W\d_]+(?:[./'’-][^\W\d_]+)*\.?")
 _ARTICLES = re.compile(r"(?:\b(?:an|the)|^\s*a)\s+(?=\w)")
 """In front of a word: those of "Plan A" and "Vitamin A" are none."""
 
@@ -130,7 +131,7 @@ def _quantity(text: str) -> _Quantity | None:
         value *= _SCALES[words.pop(0)]
     elif words and words[0] in _SHORT_SCALES and not match[7]:
         value *= _SHORT_SCALES[words.pop(0)]
-    if len(words) > _MOST_UNIT_WORDS or not _NO_UNIT.isdisjoint(words):
+    if len(words) > _MOST_UNIT_WORDS or not _NO_UNIT.isdisjoint(words) or not all(map(_UNIT_WORD.fullmatch, words)):
         return None
     singular = (word[:-1] if len(word) > 2 and word.endswith("s") else word for word in words)
     units = {_UNIT_NAMES.get(word, word) for word in singular} | {match[2], match[6]}
