@@ -1,11 +1,18 @@
 # make reproduce   set up, run every notebook in order, write results/laptop/
 # make test        set up, run all tests, every notebook at smoke size among them
 # make test-vllm   set up .venv-vllm with vLLM for processors, run the tests that need it
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+#
+# Set up is an environment of the repository's own, .venv; one that is active is left alone. To use that one instead:
+# make test VENV=$CONDA_PREFIX, or VENV=$VIRTUAL_ENV.
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 VLLM_VENV ?= .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
+
+# What pyproject.toml says in requires-python.
+CHECK := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13) and \
+	"vrag_lib needs Python 3.11 or 3.12, this is " + sys.version.split()[0] + "; pass PYTHON=python3.11")
 
 .PHONY: reproduce test test-vllm notebooks lint clean
 
@@ -27,8 +34,8 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 
 $(VENV)/.ready: pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vrag_lib needs Python 3.11 or newer; pass PYTHON=...")'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/python || { $(PYTHON) -c '$(CHECK)' && $(PYTHON) -m venv $(VENV); }
+	@$(BIN)/python -c '$(CHECK)'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
@@ -36,7 +43,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 # wants torch's CPU build, which the index has to serve. Of its dependencies torchaudio and torchcodec are linked against
 # CUDA: where transformers finds them, it stops at their missing libraries.
 $(VLLM_VENV)/.ready: pyproject.toml constraints.txt
-	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv $(VLLM_VENV)
+	test -x $(VLLM_BIN)/python || { $(PYTHON) -c '$(CHECK)' && $(PYTHON) -m venv $(VLLM_VENV); }
 	grep -vE '^(lark|setuptools)==' constraints.txt > $(VLLM_VENV)/constraints.txt
 	$(VLLM_BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(VLLM_BIN)/python -m pip install --quiet --disable-pip-version-check \
@@ -44,5 +51,6 @@ $(VLLM_VENV)/.ready: pyproject.toml constraints.txt
 	$(VLLM_BIN)/python -m pip uninstall --quiet --yes torchaudio torchcodec
 	touch $@
 
+# Never an environment that was named by VENV=...
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm .pytest_cache .ruff_cache .hypothesis

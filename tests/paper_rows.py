@@ -59,6 +59,7 @@ def made_up(questions: int = 80, seeds: int = 3, cells=tuple(CELLS)) -> dict[str
                 rows_of(
                     right & ended, seed, answered=ended, failed=~ended,
                     stop_reason=np.where(ended, "answer", "max_turns"),
+                    answer=np.random.default_rng(seed).integers(0, 20, questions).astype(str),
                     first_gold=(rng.random(questions) < 0.6).astype(float), searches=searches, crops=crops,
                     invalid=invalid, replies=np.maximum(invalid + searches + crops + ended, 1),
                     seconds_generate=rng.gamma(4, 0.3, questions), seconds_retrieve=rng.gamma(2, 0.1, questions),

@@ -80,6 +80,12 @@ def test_broken_replies_are_invalid_with_a_reason(reply, reason):
         assert parsed == Invalid(reason)
 
 
+def test_a_crop_has_one_tag_which_is_the_prompts():
+    """The paper writes region, its prompt and code bbox."""
+    assert "<bbox>" in question_prompt("q") and "region>" not in question_prompt("q")
+    assert parse_reply("<region>[1, 2, 3, 4]</region>") == Invalid(InvalidReason.NO_ACTION)
+
+
 def test_nothing_after_the_first_closing_tag_is_read():
     """Trap T5: several actions in one reply."""
     reply = "<think>t</think><search>q</search>\n<answer>leaked</answer><|image_pad|>"

@@ -194,6 +194,28 @@ def test_what_is_a_refusal():
         assert not is_refusal(text), text
 
 
+def test_an_answer_below_a_refusing_phrase_is_no_refusal():
+    """EVisRAG takes the phrase anywhere in a line for a refusal, whatever else the line says."""
+    assert is_refusal("No relevant information was found.")
+    for text in (
+        "No relevant information on page 1; the answer is 12",
+        "No relevant information.\n12",
+        "No relevant information on page 1 but the answer is 12",
+        "Not found on page 1; the answer is 12",
+        "Insufficient information on page 1: 12",
+        "Cannot be answered from page 1, page 2 says 12",
+        "12, with no relevant information elsewhere",
+    ):
+        assert not is_refusal(text), text
+    assert is_refusal("The question cannot be answered from the pages shown, which are about ships.")
+    assert extract_short_answer("No relevant information on page 1; the answer is 12", "Str") != NOT_ANSWERABLE
+
+
+def test_one_reference_given_as_text_is_not_read_letter_by_letter():
+    assert evisrag_scores("12", "1") == evisrag_scores("12", "2") == (0.0, 0.0, 0.0)
+    assert evisrag_scores("12", "12") == evisrag_scores(["12"], "12")
+
+
 def test_mmlongbench_result_by_hand():
     """Four answerable (scores 1, 0.8, 0, 0; the last refused) and two unanswerable (one refused, one answered): recall
     1.8/4, precision 1.8/4 answered, so F1 0.45; accuracy 2.8/6."""

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
+import pandas as pd
 import pytest
+from chat_server import running_server, say
 from matplotlib.figure import Figure
 
 from vrag_lib.cli import build_parser, main
+from vrag_lib.cli_options import check_retriever, interval_table, read_policy_config, retriever_settings
+from vrag_lib.config import ConfigError
+from vrag_lib.evaluate_retrieval import METRICS
+from vrag_lib.factory import scale_agent
 from vrag_lib.trajectory import read_trajectories
 
 
@@ -30,6 +38,7 @@ def test_every_command_explains_itself(command, capsys):
     text = capsys.readouterr().out
     assert end.value.code == 0
     assert text.startswith(f"usage: vrag {' '.join(command)} ") and "--preset" in text and len(text.splitlines()) > 6
+    assert "%%" not in text
 
 
 def test_the_installed_command_runs_and_starts_fast():
@@ -44,6 +53,17 @@ def test_settings_may_stand_anywhere_after_the_command(capsys):
     assert "seed=4 " in out and "environment.max_turns=2 " in out and "preset=gpu_3b" in out
 
 
+def test_config_says_whose_settings_it_shows(capsys):
+    shown = {}
+    for options in ((), ("--experiment",), ("--preset", "gpu_3b")):
+        assert main(["config", *options]) == 0
+        head, _, shown[options] = capsys.readouterr().out.partition("\npreset=")
+        assert all(line.startswith("# ") for line in head.splitlines())
+        assert ("--preset gpu_3b" in head) == ("gpu_3b" in options)
+        assert ("others, those of synthesize" in head) == (options == ())
+    assert "policy.kind=extractive" in shown[()] and "policy.kind=transformers" in shown[("--experiment",)]
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -52,6 +72,7 @@ def test_settings_may_stand_anywhere_after_the_command(capsys):
         (["ask", "missing-folder", "why?"], "missing-folder"),
         (["ask", "missing-folder", "why?", "--policy", "oracle"], "missing-folder"),
         (["view", "missing.parquet", "missing-folder"], "missing.parquet"),
+        (["index", "missing-folder", "--model", "m"], "--retriever-model has no use with --retriever text: leave it"),
         (["evaluate", "--agent", "rag"], "no agent 'rag'; agents are no_retrieval, vanilla_rag_1"),
         (["evaluate", "--agent", "react", "environment.given_pages=2"], "contradicts the agent 'react'"),
     ],
@@ -87,17 +108,119 @@ def documents(tmp_path_factory):
 def test_ask_answers_with_page_and_region_and_shows_how(documents, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("VRAG_CACHE", str(tmp_path / "cache"))
     question = "How many containers were handled in 2023?"
-    assert main(["ask", str(documents), question, "--out", str(tmp_path / "out"), "seed=3"]) == 0
+    command = ["ask", str(documents), question, "--out", str(tmp_path / "out")]
+    assert main([*command, "seed=3"]) == 0
     out = capsys.readouterr().out
     assert "4170" in out.split("answer", 1)[1].splitlines()[0]
     assert "harbour.pdf" in out and "page      1" in out and "region    [" in out and "stop    answer" in out
-    folder = tmp_path / "out" / "laptop" / "ask"
+    folder = Path(re.search(r"^viewer  (.*)/trajectory.html$", out, re.M)[1])
+    assert folder.parent == tmp_path / "out" / "laptop" / "ask" and "how-many-containers" in folder.name
     record = read_trajectories(folder / "trajectories.parquet")[0]
     assert record.question == question and record.evidence.page_id == "harbour_1" and record.seed == 3
     assert json.loads((folder / "config.json").read_text())["config"]["seed"] == 3
     assert question in (folder / "trajectory.html").read_text()
     assert main(["view", str(folder / "trajectories.parquet"), str(documents), "--out", str(tmp_path / "v.html")]) == 0
     assert "4170" in (tmp_path / "v.html").read_text()
+    for seed in (4, 5):  # within a second, as a rule
+        assert main([*command, "--retriever", "bm25", f"seed={seed}"]) == 0
+    assert len(list(folder.parent.iterdir())) == 3 and read_trajectories(folder / "trajectories.parquet")[0].seed == 3
+
+
+def test_ask_ends_with_status_1_when_the_endpoint_is_dead(documents, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("VRAG_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("vrag_lib.endpoint.random.uniform", lambda low, high: 0.0)  # no wait between the tries
+    with running_server() as server:
+        server.behaviours = [say("<answer>rye</answer>")]
+        command = ["ask", str(documents), "Which bread?", "--retriever", "bm25", "--out", str(tmp_path)]
+        command += ["--base-url", server.url, "--model", "reader"]
+        assert main(command) == 0 and "answer    rye" in capsys.readouterr().out
+    assert main(command) == 1
+    shown = capsys.readouterr()
+    assert "answer    none (error: connection" in shown.out and "viewer  " in shown.out
+    assert "--base-url is given without --policy, which therefore is openai, not extractive" in shown.err
+
+
+def parsed(*options: str, command: str = "ask") -> argparse.Namespace:
+    words = ["folder", "why?"] if command == "ask" else []
+    arguments, overrides = build_parser().parse_known_args([command, *words, *options])
+    arguments.overrides = overrides
+    return arguments
+
+
+@pytest.mark.parametrize(
+    "options, kind, said",
+    [
+        ([], "extractive", ""),
+        (["--model", "owner/model-3B"], "transformers", "--model is given without --policy"),
+        (["--base-url", "http://localhost:8000/v1", "--model", "m"], "openai", "--base-url is given"),
+        (["--policy", "openai", "--base-url", "http://localhost:8000/v1", "--model", "m"], "openai", ""),
+        (["--model", "m", "policy.kind=openai"], "openai", ""),
+        (["--preset", "gpu_3b", "--model", "owner/model"], "transformers", ""),
+        (["--preset", "gpu_3b", "--base-url", "http://localhost:8000/v1"], "openai", "is openai, not transformers"),
+    ],
+)
+def test_the_policys_options_say_which_policy(options, kind, said, monkeypatch, capsys):
+    monkeypatch.setattr("vrag_lib.factory.image_pixels", lambda model: None)
+    config = read_policy_config(parsed(*options))
+    assert config.policy.kind == kind
+    error = capsys.readouterr().err
+    assert said in error if said else not error
+
+
+def test_policy_and_retriever_have_a_model_each(monkeypatch):
+    monkeypatch.setattr("vrag_lib.factory.image_pixels", lambda model: None)
+    arguments = parsed("--retriever", "visual", "--retriever-model", "o/colqwen2", "--model", "o/qwen")
+    config = check_retriever(arguments, read_policy_config(arguments, retriever_settings(arguments)))
+    assert (config.policy.model, config.retrieval.model, config.retrieval.kind) == ("o/qwen", "o/colqwen2", "visual")
+    for command in ("index", "serve"):
+        for option in ("--model", "--retriever-model"):
+            assert build_parser().parse_args([command, "folder", option, "m"]).retriever_model == "m"
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            ["--policy", "extractive", "--model", "m"],
+            "--model has no use with --policy extractive: leave it out, or add",
+        ),
+        (["--policy", "transformers", "--base-url", "http://x/v1"], "or add --policy openai"),
+        (["--model", "reader"], "--model reader is neither a folder nor a hub id"),
+        (["--model", "tests/missing"], "--model tests/missing is neither a folder"),
+    ],
+)
+def test_options_that_the_policy_does_not_use_are_refused(options, message, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        read_policy_config(parsed(*options))
+
+
+def test_a_judges_endpoint_is_not_the_policys():
+    options = ["--policy", "transformers", "--base-url", "http://x/v1", "--judge-model", "j"]
+    with pytest.raises(ConfigError, match="a judge's is --judge-url"):
+        read_policy_config(parsed(*options, command="evaluate"), experiment=True)
+
+
+def test_pages_are_shown_at_the_size_that_the_checkpoint_reads(capsys):
+    options = ["--policy", "transformers", "--model", str(scale_agent())]
+    shown = read_policy_config(parsed(*options)).environment
+    assert (shown.min_pixels, shown.max_pixels) == (80 * 28 * 28, 96 * 28 * 28)
+    assert "reads images of 80 to 96 vision tokens" in capsys.readouterr().err
+    own = read_policy_config(parsed(*options, "environment.max_pixels=313600")).environment
+    assert (own.min_pixels, own.max_pixels) == (256 * 28 * 28, 313600)
+    read_policy_config(parsed(*options, command="evaluate"), experiment=True)  # the experiment's size is the agent's
+    assert not capsys.readouterr().err
+
+
+def test_tables_fit_a_terminal():
+    table = pd.read_csv(Path(__file__).parent.parent / "results/laptop/retrieval_mmlongbench/metrics.csv")
+    lines = interval_table(table, ["method"], list(METRICS)).splitlines()
+    assert max(map(len, lines)) <= 120 and len(lines) == len(table) + 1
+    assert "39.7 [34.3, 45.4]" in next(line for line in lines if line.split()[0] == "Default")
+    narrow = interval_table(table, ["method"], list(METRICS), width=60).splitlines()
+    assert "R@1" in narrow[0] and "R@5" not in narrow[0]
+    empty = pd.DataFrame({"by": ["x" * 50], "a": [float("nan")], "a_low": [float("nan")], "a_high": [float("nan")]})
+    assert interval_table(empty, ["by"], ["a"]).split() == ["by", "a", "x" * 31 + "…"]
 
 
 def test_index_prepares_and_names_what_it_left_out(documents, tmp_path, monkeypatch, capsys, caplog):

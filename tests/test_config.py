@@ -37,6 +37,12 @@ def test_overrides_reach_nested_fields_with_their_types():
         ("laptop", ["environment=3"], "'environment' is a stage"),
         ("laptop", ["seed.x=3"], "has no parts"),
         ("laptop", ["environment.allow_crop=maybe"], "true or false"),
+        ("laptop", ["environment.max_turns=0"], r"environment\.max_turns is at least 1 and finite, not 0"),
+        ("laptop", ["environment.search_depth=-1"], "search_depth is at least 1"),
+        ("laptop", ["environment.crop_padding=inf"], "crop_padding is at least 0 and finite, not inf"),
+        ("laptop", ["environment.max_pixels=784"], r"min_pixels=\d+ is more than environment\.max_pixels=784"),
+        ("laptop", ["policy.temperature=-0.1"], r"policy\.temperature is at least 0 and finite, not -0\.1"),
+        ("laptop", ["policy.temperature=nan"], "temperature is at least 0"),
     ],
 )
 def test_wrong_presets_and_keys_are_named_with_the_remedy(preset, override, message):
@@ -82,3 +88,12 @@ def test_the_cache_folder_follows_the_environment(monkeypatch, tmp_path):
 
 def test_provenance_says_what_a_rerun_needs():
     assert {"command", "seed", "commit", "versions", "hardware", "time"} <= set(provenance(1))
+
+
+def test_one_update_on_a_whole_rollout_where_paper_and_script_disagree():
+    """The paper's mini-batch of 64 and the script's of 32 both split a group of five."""
+    grpo = PRESETS["paper"].grpo
+    assert (grpo.rows, grpo.group_size, grpo.updates_per_step) == (160, 5, 1)
+    assert all(size % grpo.group_size for size in (64, 32))
+    with pytest.raises(ValueError, match="a group is not split over optimizer steps"):
+        dataclasses.replace(grpo, updates_per_step=grpo.rows // 32).validate()

@@ -266,6 +266,33 @@ def test_merge_keeps_each_document_once_and_refuses_a_clash() -> None:
     assert other.with_prefix("x-").page("x-b_1").document_id == "x-b"
 
 
+def test_a_duplicate_left_out_keeps_its_name_as_an_alias(tmp_path: Path) -> None:
+    for name, colour in {
+        "a.png": "red", "b.png": "red", "x/c.png": "red", "y/c.png": "red",  # one picture under three names
+        "m/d.png": "blue", "n/d.png": "green", "o/d.png": "green",  # two contents share a name
+    }.items():  # fmt: skip
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (60, 40), colour).save(tmp_path / name)
+    corpus = Corpus.from_folder(tmp_path, tmp_path / "cache", workers=1)
+    assert [document.id for document in corpus.documents] == ["a", "m_d", "n_d"] and len(corpus.problems) == 4
+    assert [document.file_name for document in corpus.documents] == ["a.png", "m_d", "n_d"]
+    assert corpus.aliases == {"b": "a", "c": "a"}
+
+
+def test_aliases_survive_what_is_made_of_a_corpus() -> None:
+    corpus = Corpus(_corpus("a", "c").documents, (), {"b": "a", "d": "c", "c": "a", "x": "gone"})
+    assert corpus.aliases == {"b": "a", "d": "c"}  # a document that is there is no alias, one that is not has none
+    problem = Problem("x.pdf", "broken")
+    assert corpus.with_pages([]).with_problems([problem]).aliases == corpus.aliases
+    assert corpus.with_problems([problem]).with_problems([problem]).problems == (problem, problem)
+    assert corpus.with_prefix("p-").aliases == {"p-b": "p-a", "p-d": "p-c"}
+    some = corpus.with_documents({"a"})
+    assert (some.page_ids, some.aliases) == (("a_1",), {"b": "a"})
+    assert Corpus.merge([corpus, some, _corpus("d")]).aliases == {"b": "a"}
+    other = Corpus(_corpus("e").documents, (), {"b": "e", "f": "e"})
+    assert Corpus.merge([corpus, other]).aliases == {"d": "c", "f": "e"}  # what `b` stands for cannot be told
+
+
 def test_with_pages_replaces_by_id() -> None:
     corpus = _corpus("a", "b")
     page = Page("b_1", "b", 1, Path("b.jpg"), Size(10, 10), (TextLine("hello", Box(0, 0, 5, 5)),), "ocr")
@@ -293,6 +320,11 @@ def test_page_images_in_folders_become_documents(tmp_path: Path) -> None:
     Image.new("RGB", (64, 48)).save(tmp_path / "deck.one" / "title-of-3-1-320.jpg")
     corpus = Corpus.from_folder(tmp_path, tmp_path / "cache", page_pattern=r"-(?P<number>\d+)-\d+\.jpg")
     assert "its page, 1, is" in corpus.problems[0].reason
+    (tmp_path / "last").mkdir()
+    Image.new("RGB", (64, 48), "green").save(tmp_path / "last" / "rest-5-1024.jpg")
+    Image.new("RGB", (64, 48), "green").save(tmp_path / "single.jpg")
+    corpus = Corpus.from_folder(tmp_path, tmp_path / "cache", page_pattern=r"-(?P<number>\d+)-\d+\.jpg")
+    assert {"last_5", "single_1"} <= set(corpus.page_ids)  # no duplicates: their pages have other numbers
     with pytest.raises(CorpusError, match=r"needs a group \(\?P<number>"):
         Corpus.from_folder(tmp_path, page_pattern="x")
 

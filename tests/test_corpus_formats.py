@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import FakeRetriever
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pdf_files import words_pdf
 from PIL import Image
 
+from vrag_lib.config import EnvironmentConfig
 from vrag_lib.corpus import Corpus, Document, Page, Question
 from vrag_lib.corpus_formats import (
     answerable,
@@ -22,6 +24,9 @@ from vrag_lib.corpus_formats import (
 )
 from vrag_lib.document_files import CorpusError, Problem
 from vrag_lib.geometry import Size
+from vrag_lib.policy import ScriptedPolicy
+from vrag_lib.rewards import retrieval_reward
+from vrag_lib.rollout import rollout
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared")
@@ -57,6 +62,21 @@ def test_unified(tmp_path: Path) -> None:
         {"difficulty": 3, "doc_type": "paper"},
     )  # fmt: skip
     assert question.gold_page_ids == ("2023.acl-long.386_10", "2023.acl-long.386_11")
+
+
+def test_unified_items_need_a_query_and_an_answer_only(tmp_path: Path) -> None:
+    items = [
+        {"query": "Which year?", "reference_answer": 1999},
+        {"query": "Who?", "reference_answer": "Ann", "meta_info": {"file_name": "a.pdf", "reference_page": [2]}},
+        {"uid": "mine", "query": "How many?", "reference_answer": "4", "meta_info": {"file_name": "a.pdf"}},
+        {"query": "And then?", "reference_answer": "5"},
+    ]
+    questions = load_questions(_write(tmp_path / "questions.json", items), "unified")
+    assert [question.uid for question in questions] == ["q1", "q2", "mine", "q4"]
+    assert questions[0] == Question("q1", "Which year?", "1999")
+    assert [question.gold_page_ids for question in questions] == [(), ("a_2",), (), ()]
+    write_unified(questions, tmp_path / "again.json")
+    assert load_questions(tmp_path / "again.json") == questions
 
 
 def test_slidevqa_annotation(tmp_path: Path) -> None:
@@ -124,9 +144,10 @@ def test_the_shared_vidoseek_example_loads_with_its_pages(tmp_path: Path) -> Non
 BAD = [
     (_item(uid=None), "field uid: missing"),
     (_item(query=""), "field query: missing or empty"),
-    ({"query": "x"}, "field uid: missing"),
+    ({"query": "x"}, "field reference_answer: missing"),
     ("text", "not an object but str"),
     (_item(meta={"file_name": None}), "field file_name"),
+    (_item(meta={"file_name": ""}), "field file_name: missing or empty"),
     (_item(meta={"reference_page": [-1]}), "-1 is no page number"),
     (_item(meta={"reference_page": [True]}), "True is no page number"),
     (_item(meta={"reference_page": ["4"]}), "'4' is no page number"),
@@ -253,3 +274,27 @@ def test_datasets_load_from_their_published_layouts(tmp_path: Path, caplog: pyte
     _write(paper / "rag_dataset.json", {"examples": [_item(meta={"file_name": "d.1.pdf", "reference_page": [2]})]})
     corpus, asked = load_dataset("unified", paper, cache_dir=tmp_path / "cache")
     assert corpus.page_ids == ("d.1_1", "d.1_2") and check_gold(corpus, asked) == []
+
+
+def test_a_question_about_a_duplicate_asks_about_the_document_kept(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`b.png` is `a.png` once more: who shows the page of `a` has found what a question about `b` asks for."""
+    (tmp_path / "documents").mkdir()
+    for name, colour in {"a": "red", "b": "red", "c": "blue"}.items():
+        Image.new("RGB", (64, 48), colour).save(tmp_path / "documents" / f"{name}.png")
+    regions = [{"page": 1, "region_box": [0, 0, 9, 9]}]
+    items = [_item(uid=name, meta={"file_name": f"{name}.png", "reference_page": [1]}) for name in "abc"]
+    items[1]["meta_info"]["regions"] = regions
+    _write(tmp_path / "questions.json", {"examples": items})
+    corpus, asked = load_dataset("unified", tmp_path, cache_dir=tmp_path / "cache")
+    assert [question.file_name for question in asked] == ["a.png", "a.png", "c.png"]
+    assert asked[1].gold_regions[0][0] == "a_1" and asked[1].extra["regions"] == regions
+    assert check_gold(corpus, asked) == [] and corpus.page_ids == ("a_1", "c_1")
+    assert "1 of 3 questions are about duplicates" in caplog.text and "gold pages are not" not in caplog.text
+    policy = ScriptedPolicy(["<search>page 1</search>", "<answer>1999</answer>"])
+    (trajectory,) = rollout(policy, asked[1:2], corpus, FakeRetriever(corpus.page_ids), EnvironmentConfig(), seeds=[0])
+    assert trajectory.shown_pages == ("a_1",) and retrieval_reward(trajectory) == 1
+
+    prefixed, asked = load_dataset("unified", tmp_path, prefix="x-", cache_dir=tmp_path / "cache")
+    assert check_gold(prefixed, asked) == [] and asked[1].file_name == "x-a.png"

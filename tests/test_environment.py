@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import sys
 
@@ -178,6 +179,12 @@ def test_pages_are_shown_as_text_with_the_end_of_the_budget():
         ({"observation": "text"}, "allow_crop=false"),
         ({"observation": "text", "allow_crop": False, "given": "gold_regions"}, "no gold_regions"),
         ({"page_chars": 0}, "page_chars is at least 1"),
+        ({"max_turns": 0}, r"environment\.max_turns is at least 1 and finite, not 0"),
+        ({"search_depth": 0}, "search_depth is at least 1"),
+        ({"crop_padding": -1.0}, "crop_padding is at least 0"),
+        ({"crop_padding": math.nan}, "crop_padding is at least 0"),
+        ({"max_invalid_streak": -1}, "max_invalid_streak is at least 0"),
+        ({"min_pixels": 1001, "max_pixels": 1000}, "min_pixels=1001 is more than environment.max_pixels=1000"),
     ],
 )
 def test_settings_that_exclude_each_other_are_refused(settings, message):

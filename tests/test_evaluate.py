@@ -29,7 +29,7 @@ from vrag_lib.geometry import Size
 from vrag_lib.policy import Reply, ScriptedPolicy
 from vrag_lib.rollout import rollout
 from vrag_lib.stats import bootstrap_mean
-from vrag_lib.synthesis import SynthesisError
+from vrag_lib.synthesis import SamplingError, SynthesisError, read_samples
 from vrag_lib.trajectory import RecordError, read_trajectories
 
 
@@ -249,6 +249,8 @@ def test_mmlongbench_f1_is_the_benchmarks_own():
     table = summarise(frame).iloc[0]
     assert table["mmlongbench_f1"] == pytest.approx(mmlongbench_result(scores, references, answers).f1)
     assert table["mmlongbench_f1_low"] < table["mmlongbench_f1"] < table["mmlongbench_f1_high"]
+    without = summarise(frame[frame["answerable"]]).iloc[0]
+    assert without["mmlongbench"] == pytest.approx(0.45) and math.isnan(without["mmlongbench_f1"])
 
 
 def test_questions_count_for_every_element_they_name():
@@ -359,15 +361,14 @@ def test_other_settings_do_not_mix_and_seeds_are_checked(tmp_path):
             evaluate(tmp_path, CountingPolicy(), seeds=seeds)
 
 
-def test_failed_trajectories_can_be_made_again(tmp_path):
+def test_a_run_in_which_all_failed_has_no_score_and_is_made_again(tmp_path):
     environment = EnvironmentConfig()
-    broken = run(CountingPolicy(), QUESTIONS, CORPUS, FailingRetriever(CORPUS.page_ids), environment, tmp_path)
-    assert broken["failed"].all()
+    with pytest.raises(SamplingError, match="all 6 samples failed"):
+        run(CountingPolicy(), QUESTIONS, CORPUS, FailingRetriever(CORPUS.page_ids), environment, tmp_path)
+    assert read_samples(tmp_path / "samples" / "seed-0") and not (tmp_path / "summary.csv").exists()
     retriever = FakeRetriever(CORPUS.page_ids)
     retriever.name = "failing"  # the same search engine, back again
-    assert run(CountingPolicy(), QUESTIONS, CORPUS, retriever, environment, tmp_path)["failed"].all()
-    healed = run(CountingPolicy(), QUESTIONS, CORPUS, retriever, environment, tmp_path, retry_errors=True)
-    assert not healed["failed"].any()
+    assert not run(CountingPolicy(), QUESTIONS, CORPUS, retriever, environment, tmp_path)["failed"].any()
 
 
 def test_the_summary_breaks_down_what_differs():

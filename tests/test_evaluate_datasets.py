@@ -11,12 +11,13 @@ from chat_server import SECRET, running_server, say
 from pdf_files import words_pdf
 
 from vrag_lib.cli import main
-from vrag_lib.config import load_config, read_config
+from vrag_lib.config import load_config, override, read_config
 from vrag_lib.corpus_formats import write_unified
 from vrag_lib.document_files import CorpusError
 from vrag_lib.evaluate_datasets import evaluate_datasets, open_datasets
 from vrag_lib.minidocs import MiniDocs
 from vrag_lib.policy import ScriptedPolicy
+from vrag_lib.synthesis import SynthesisError
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data" / "mmlongbench_doc"
 
@@ -39,6 +40,43 @@ def test_minidocs_from_start_to_end(config):
     assert (settings["datasets"], settings["split"], settings["seeds"]) == (["minidocs"], "test", [2])
     asked = [question.uid for question in open_datasets({"minidocs": None}, config)[1]]
     assert (frame["uid"].iloc[0], frame["uid"].iloc[-1]) == (asked[0], asked[-1])  # spread over the whole set
+
+
+def test_datasets_that_call_different_documents_alike_are_told_apart(config, tmp_path, caplog):
+    for name, word in (("a", "heron"), ("b", "finch")):
+        words_pdf(tmp_path / name / "documents" / "report.pdf", f"The bird is the {word}")
+        (tmp_path / name / "questions.json").write_text(
+            json.dumps({"examples": [{"uid": "q", "query": "bird?", "reference_answer": word,
+                                      "meta_info": {"file_name": "report.pdf", "reference_page": [1]}}]})
+        )  # fmt: skip
+    (tmp_path / "b" / "questions.json").rename(tmp_path / "b" / "vidoseek.json")
+    corpus, questions = open_datasets({"unified": tmp_path / "a", "vidoseek": tmp_path / "b"}, config)
+    assert corpus.page_ids == ("report_1", "vidoseek-report_1")
+    assert [(q.uid, q.gold_page_ids) for q in questions] == [
+        ("unified:q", ("report_1",)), ("vidoseek:q", ("vidoseek-report_1",))
+    ]  # fmt: skip
+    assert "1 documents of vidoseek are called as others" in caplog.text
+    twice = ["evaluate", "--dataset", "unified", "--path", str(tmp_path / "a"), "--dataset", "unified", "--path", "x"]
+    assert main(twice) == 2
+
+
+def test_own_questions_need_no_uid_and_no_page(config, tmp_path):
+    """What the README shows: a folder with documents and a list of questions and answers."""
+    words_pdf(tmp_path / "own" / "documents" / "report.pdf", "Cover", "Revenue in 2021 was 3.2 million")
+    known = {"meta_info": {"file_name": "report.pdf", "reference_page": [2]}}
+    items = [
+        {"query": "What was the revenue in 2021?", "reference_answer": "3.2 million", **known},
+        {"query": "Who chairs the board?", "reference_answer": "Ann Lee"},
+        {"query": "Who founded it?", "reference_answer": "Not answerable"},
+    ]
+    (tmp_path / "own" / "questions.json").write_text(json.dumps(items))
+    policy = ScriptedPolicy(["<search>revenue</search>", "<answer>3.2 million</answer>"])
+    frame = evaluate_datasets({"unified": tmp_path / "own"}, config, tmp_path / "out", policy=policy)
+    assert list(frame["uid"]) == ["q1", "q2"] and list(frame["judge"]) == [1, 0]
+    assert frame["ndcg"].iloc[0] == 1 and frame["ndcg"].isna().iloc[1]
+    (tmp_path / "own" / "questions.json").write_text(json.dumps(items[1:2]))
+    frame = evaluate_datasets({"unified": tmp_path / "own"}, config, tmp_path / "plain", policy=policy)
+    assert list(frame["uid"]) == ["q1"] and frame["ndcg"].isna().all()
 
 
 def test_datasets_are_merged_into_one_corpus_with_their_own_metrics(config, tmp_path):
@@ -75,6 +113,23 @@ def test_agents_are_evaluated_side_by_side(config):
     assert read_config(folder).environment.given_pages == 3
     settings = json.loads((folder / "provenance.json").read_text())["settings"]
     assert (settings["agent"], settings["environment"]["observation"]) == ("vanilla_rag_3_text", "text")
+
+
+def test_the_address_of_a_model_is_nothing_that_trajectories_depend_on(config, tmp_path):
+    def evaluate(*overrides):
+        policy = ScriptedPolicy(["<search>total</search>", "<answer>12</answer>"])
+        settings = override(config, ["policy.base_url=http://a/v1", *overrides])
+        return evaluate_datasets({"minidocs": None}, settings, tmp_path / "out", policy=policy, limit=2)
+
+    first = evaluate()
+    claimed = tmp_path / "out" / "samples" / "seed-2" / "settings.json"
+    settings = json.loads(claimed.read_text())
+    assert list(evaluate("policy.base_url=http://b/v1")["id"]) == list(first["id"])
+    settings["more"]["policy_settings"]["base_url"] = "http://c/v1"  # as earlier versions wrote it
+    claimed.write_text(json.dumps(settings))
+    assert list(evaluate()["id"]) == list(first["id"])
+    with pytest.raises(SynthesisError, match=r"policy_settings\.temperature=1\.0 not 0\.5"):
+        evaluate("policy.temperature=0.5")
 
 
 def test_wrong_names_and_missing_folders_are_named(config):

@@ -11,10 +11,18 @@ from hypothesis import strategies as st
 from pdf_files import PdfPage, write_pdf
 
 from vrag_lib import evaluate_retrieval as benchmark
+from vrag_lib.config import load_config
 from vrag_lib.corpus import Question
 from vrag_lib.corpus_formats import answerable, load_questions, write_unified
 from vrag_lib.document_files import CorpusError
-from vrag_lib.evaluate_retrieval import METRICS, evaluate_retrieval, run_eval_retrieval, score_rankings, summarise
+from vrag_lib.evaluate_retrieval import (
+    METRICS,
+    default_folder,
+    evaluate_retrieval,
+    run_eval_retrieval,
+    score_rankings,
+    summarise,
+)
 from vrag_lib.retrieval import Hit
 from vrag_lib.text_retrieval import BM25Retriever
 
@@ -163,6 +171,38 @@ def test_other_questions_are_measured_anew(folder, tmp_path):
     file.write_bytes(b"damaged")
     run_eval_retrieval(folder, out, workers=1, methods=LEXICAL, ocr_sample=0)
     assert len(pd.read_parquet(file)) == 1
+
+
+def test_every_dataset_has_a_folder_and_another_ones_results_are_not_replaced(folder, tmp_path):
+    config = load_config("laptop", [f"results={tmp_path}"])
+    names = {default_folder(config, dataset).name for dataset in ("vidoseek", "slidevqa", folder, f"{folder}/../set/")}
+    assert names == {"retrieval_vidoseek", "retrieval_slidevqa", "retrieval_set"}
+    out = default_folder(config, folder)
+    run_eval_retrieval(folder, out, workers=1, methods=LEXICAL, ocr_sample=0)
+    before = (out / "metrics.csv").read_bytes()
+    write_pdf(folder / "documents" / "more.pdf", [PdfPage(((20, 300, 12, "Cheese"),))])
+    with pytest.raises(CorpusError, match=r"retrieval_set holds results on other documents; .*--out"):
+        run_eval_retrieval(folder, out, workers=1, methods=LEXICAL, ocr_sample=0)
+    assert (out / "metrics.csv").read_bytes() == before
+
+
+def test_several_question_files_are_refused_unless_they_ask_the_same(folder):
+    (folder / "vidoseek.json").write_bytes((folder / "questions.json").read_bytes())
+    assert len(benchmark._open_benchmark(folder, 1)[1]) == 2
+    write_unified(
+        [Question("q1", "When do pears ripen?", "later", "fruit.pdf", (1,))], folder / "slidevqa_refined.json"
+    )
+    with pytest.raises(CorpusError, match=r"several question files: questions\.json, vidoseek\.json, slidevqa_refined"):
+        benchmark._open_benchmark(folder, 1)
+
+
+def test_vidoseek_is_read_with_its_own_documents(folder):
+    """As it is published: the folder of another benchmark's documents may lie beside."""
+    (folder / "questions.json").rename(folder / "vidoseek.json")
+    (folder / "documents").rename(folder / "vidoseek_pdf_document")
+    write_pdf(folder / "slidevqa_pdf_document" / "other.pdf", [PdfPage(((20, 300, 12, "Cheese"),))])
+    corpus, questions = benchmark._open_benchmark(folder, 1)
+    assert {document.id for document in corpus.documents} == {"fruit", "bread"} and len(questions) == 2
 
 
 def test_every_method_runs(folder, tmp_path):

@@ -24,6 +24,18 @@ def test_credit_goes_to_the_turns_it_names():
     assert scoped([1, 3]).tolist() == pytest.approx([0.1 - 0.4, -0.4])
 
 
+def test_weights_decide_which_trajectory_of_a_group_did_better():
+    """EVisRAG normalises each reward by itself, which takes its weights out again."""
+    for weight in (0.2, 0.8):
+        rewards = [{"retrieval": (1.0, weight), "answer": (0.0, 1 - weight)}]
+        rewards += [{"retrieval": (0.0, weight), "answer": (1.0, 1 - weight)}]
+        pair = [rewarded(str(i), 0).with_rewards(r) for i, r in enumerate(rewards)]
+        first, second = (f([1])[0] for f in step_advantages(pair, GRPOConfig(group_size=2)))
+        assert (first > 0 > second) == (weight > 0.5) and first == pytest.approx(-second) and abs(first) > 0.5
+        apart = [f([1])[0] for f in step_advantages(pair, GRPOConfig(group_size=2), credit=lambda t: {})]
+        assert (apart[0] > 0 > apart[1]) == (weight > 0.5)
+
+
 def test_an_invalid_reply_may_be_penalised_even_where_its_trajectory_did_well():
     search = Turn("assistant", "s", action=Action(ActionKind.SEARCH, "x"), token_ids=(1, 2))
     bad = Turn("assistant", "b", invalid=InvalidReason.NO_ACTION, token_ids=(1,))
@@ -35,6 +47,24 @@ def test_an_invalid_reply_may_be_penalised_even_where_its_trajectory_did_well():
         (replace(own, invalid_advantage=-1.0), [[-1.0, 0.5], [-0.5, -1.0]]),
     ):
         assert [f(places).tolist() for f in step_advantages(pair, config)] == expected
+
+
+def test_an_error_of_the_world_gives_its_neighbours_no_advantage():
+    group = [rewarded(str(i), 1.0) for i in range(4)] + [rewarded("4", 0.0, stop=StopReason.ERROR)]
+    config = GRPOConfig(group_size=5)
+    assert [f([1]).tolist() for f in step_advantages(group, config)] == [[0.0]] * 5
+    assert rollout_metrics(group, 5)["groups_without_signal"] == 1
+    own_fault = [*group[:4], rewarded("4", 0.0, stop=StopReason.CONTEXT_OVERFLOW)]
+    assert step_advantages(own_fault, config)[0]([1])[0] > 0.4
+
+
+def test_a_reward_without_weight_may_be_unknown():
+    pair = [rewarded(name, 1.0).with_rewards({"answer": (float("nan"), 0.0), "retrieval": (r, 1.0)}) for name, r in
+            (("a", 1.0), ("b", 0.0))]  # fmt: skip
+    credit = lambda trajectory: {}  # noqa: E731
+    for given in (None, credit):
+        first, second = step_advantages(pair, GRPOConfig(group_size=2, advantage_std=False), given)
+        assert first([1]).tolist() == [0.5] and second([1]).tolist() == [-0.5]
 
 
 def test_leave_one_out_is_chosen_by_its_name():

@@ -26,6 +26,7 @@ from tiny_agent import (
     trained_checkpoint,
 )
 
+from vrag_lib.config import PRESETS
 from vrag_lib.rewards import score
 from vrag_lib.rollout import rollout
 from vrag_lib.trajectory import Trajectory, read_trajectories
@@ -33,9 +34,10 @@ from vrag_lib.trajectory import Trajectory, read_trajectories
 torch = pytest.importorskip("torch")
 
 from vrag_lib.grpo import GRPOConfig, train_grpo  # noqa: E402
-from vrag_lib.grpo_trainer import AgentGRPOTrainer, Item, QuestionSampler  # noqa: E402
+from vrag_lib.grpo_trainer import AgentGRPOTrainer, Item, QuestionSampler, _arguments  # noqa: E402
 from vrag_lib.policy_transformers import TransformersPolicy  # noqa: E402
 from vrag_lib.training_batch import batched, empty_example, example_of, token_logprobs  # noqa: E402
+from vrag_lib.vision_cache import weights_state  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden_grpo.json"
 SMALL = {"lora_rank": 4, "lora_alpha": 8, "warmup_steps": 0, "max_reply_tokens": 64}
@@ -405,11 +407,18 @@ def test_a_run_learns_from_images_that_entered_in_mid_trajectory(whole_run):
         assert len({(t.question_id, t.seed) for t in trajectories}) == 8
 
 
-def test_killed_and_resumed_ends_as_if_it_had_never_stopped(whole_run):
-    folder = scratch() / "grpo-killed"
-    process = training_jobs.start(training_jobs.run_grpo, trained_checkpoint(), folder, die_at_rollout=3)
+@pytest.mark.parametrize(
+    ("rollout", "place", "steps"),
+    [(3, "rollout", ["1", "2"]), (2, "update", ["1"]), (2, "checkpoint", ["1", "2"]), (3, "update", ["1", "2"])],
+)
+def test_killed_and_resumed_ends_as_if_it_had_never_stopped(whole_run, rollout, place, steps):
+    """Checkpoints are written every second step: what came after the last one is done again, to the same end."""
+    folder = scratch() / f"grpo-killed-{rollout}-{place}"
+    process = training_jobs.start(
+        training_jobs.run_grpo, trained_checkpoint(), folder, die_at_rollout=rollout, die_in=place
+    )
     assert training_jobs.finish([process]) == [-signal.SIGKILL]
-    assert [row["step"] for row in training_jobs.curves(folder)] == ["1", "2"]
+    assert [row["step"] for row in training_jobs.curves(folder)] == steps
     resumed = training_jobs.run_grpo(trained_checkpoint(), folder)
     assert training_jobs.curves(folder) == training_jobs.curves(whole_run[0])
     name = "adapter_model.safetensors"
@@ -462,6 +471,66 @@ def test_two_processes_equal_one(whole_run):
         assert [t.tokens().token_ids for t in own] == [t.tokens().token_ids for t in theirs]
 
 
+def of_many_lengths(conversation, seed) -> str:
+    """No two replies are the same, and how often a trajectory searches does not depend on its question."""
+    thought = f"<think>{'so ' * (seed % 9)}</think>"
+    searches_on = len(conversation) < 5 and seed % 2
+    return thought + ("<search>page 2</search>" if searches_on else f"<answer>{seed}</answer>")
+
+
+def test_every_update_of_a_rollout_trains_on_whole_groups(trainer, monkeypatch):
+    """Trap T15: neither is a group cut, nor do micro-batches of equal length gather trajectories of several."""
+    monkeypatch.setattr(trainer, "sampler", lambda policy: ForcedPolicy(policy, of_many_lengths, temperature=0.7))
+    monkeypatch.setattr(trainer, "config", dataclasses.replace(trainer.config, updates_per_step=2))
+    monkeypatch.setattr(trainer.args, "per_device_train_batch_size", 2)
+    batches = trainer._collect([3] * 4 + [0] * 4)
+    rolled = read_trajectories(trainer.folder / "trajectories" / "step_00001.parquet")
+    tokens = [t.tokens().token_ids for t in rolled]
+    by_length = sorted(tokens, key=len)
+    assert {*by_length[:4]} not in ({*tokens[:4]}, {*tokens[4:]})  # by length alone the groups would be mixed
+    trained = [[item.example.context.token_ids for item in batch] for batch in batches]
+    assert [len(batch) for batch in trained] == [2] * 4
+    assert [{*trained[0], *trained[1]}, {*trained[2], *trained[3]}] == [{*tokens[:4]}, {*tokens[4:]}]
+
+
+def test_gold_pages_and_answers_of_the_questions_reach_the_reward(trainer, monkeypatch):
+    """Trap S5: the released converter drops the columns that its trainer reads."""
+    monkeypatch.setattr(trainer, "sampler", lambda policy: ForcedPolicy(policy, by_question))
+    asked = [trainer.train_dataset[i]["question"] for i in (1, 3)]
+    found = trainer._roll(asked, [0, 1], step=0, attempt=0)
+    for trajectory, question in zip(found, (QUESTIONS[1], QUESTIONS[3]), strict=True):
+        assert trajectory.gold_page_ids == question.gold_page_ids
+        assert trajectory.reference_answer == question.reference_answer
+        assert trajectory.rewards["retrieval"][0] == 1
+
+
+def test_the_warm_up_lasts_the_steps_that_its_only_setting_names(tmp_path):
+    """Trap T16: the released script sets a share of the steps and their number, and the number wins unseen."""
+    assert [field.name for field in dataclasses.fields(GRPOConfig) if "warmup" in field.name] == ["warmup_steps"]
+    config = GRPOConfig(questions_per_step=2, group_size=4, micro_batch_size=4, updates_per_step=2, warmup_steps=7)
+    arguments = _arguments(config, tmp_path, seed=0, on_gpu=False)
+    assert arguments.get_warmup_steps(arguments.max_steps) == 7
+    paper = PRESETS["paper"].grpo
+    assert paper.warmup_steps == round(0.285 * paper.steps * paper.updates_per_step * paper.iterations)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     GOLDEN.write_text(json.dumps(golden_run(scratch() / "golden"), indent=1) + "\n")
+
+
+def test_weights_that_deepspeed_changed_unseen_are_taken_for_new(trainer, monkeypatch):
+    """Its optimizer writes through `.data`, which no version tells; samplers and caches would keep the first policy."""
+    parameters = list(trainer.model.parameters())
+    before, seen = weights_state(parameters), []
+
+    def sample(*_):
+        seen.append(weights_state(parameters))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "_sample", sample)
+    for is_deepspeed, changed in ((False, False), (True, True)):
+        monkeypatch.setattr(trainer, "is_deepspeed_enabled", is_deepspeed)
+        with pytest.raises(KeyboardInterrupt):
+            trainer._collect([0])
+        assert (seen[-1] != before) is changed

@@ -16,12 +16,13 @@ from tiny_agent import random_checkpoint
 import vrag_lib.matrix as matrix
 from vrag_lib.actions import ActionKind
 from vrag_lib.agents import VANILLA_PAGES
+from vrag_lib.claims import ClaimError, claim, depends_on
 from vrag_lib.cli import main
 from vrag_lib.config import ConfigError, load_config, read_config, to_dict
 from vrag_lib.judge import rule_judge
 from vrag_lib.matrix import KEPT, Outcome, cell_folder, read_curves, read_records, read_rows, run_matrix, states
 from vrag_lib.matrix_cells import CELLS, CHAINS, Cell, cell_config, find_cells
-from vrag_lib.matrix_training import FORMS, MatrixError, Workbench, depends_on
+from vrag_lib.matrix_training import FORMS, MatrixError, Workbench
 from vrag_lib.paper_numbers import ABLATIONS, EFFECTS
 from vrag_lib.rewards import RECIPES
 from vrag_lib.stages import training_questions
@@ -87,6 +88,7 @@ def test_the_papers_comparisons_differ_in_what_they_compare():
         differing("vrag_rl", "search_r1") == {"chain"} | crop
     )  # the confound of Table 1, taken apart by the two above
     assert differing("cold_start", "search_r1") == crop
+    assert differing("vrag_prompted", "cold_start") == {"chain"}
     assert differing("vrag_rl", "no_crop_same_sft") == {"environment.allow_crop"}
     assert differing("released_code", "no_gate") == reward == differing("vrag_rl", "released_code")
     assert RECIPES["released_code"] == dataclasses.replace(RECIPES["paper_cold_start"], gate=True)
@@ -126,6 +128,40 @@ def test_cells_are_found_by_name_and_group_sizes_divide_the_budget():
 def test_the_shipped_trajectories_are_those_that_the_matrix_asks_for():
     shipped = read_config(Path(__file__).parent.parent / "results/laptop/synthesis")
     assert depends_on(shipped, "synthesis") == depends_on(CONFIG, "synthesis")
+
+
+RECORDED = sorted((Path(__file__).parent.parent / "results/laptop/matrix").glob("*/seed_*/settings.json"))
+
+
+@pytest.mark.parametrize("path", RECORDED, ids=lambda path: "-".join(path.parts[-3:-1]))
+def test_finished_cells_are_those_of_the_settings_of_today(path):
+    """A setting that came to be after a cell was run is recorded as None there, which has to be its default."""
+    recorded = json.loads(path.read_text())
+    config = cell_config(CELLS[recorded["cell"]["name"]], CONFIG)
+    config = dataclasses.replace(config, policy=dataclasses.replace(config.policy, temperature=0.0))
+    stages = [stage for stage in recorded["config"] if stage not in ("minidocs", "data_seed", "smoke")]
+    assert "dataset" not in recorded["config"].get("synthesis", {})
+    claim(path.parent, recorded | {"config": depends_on(config, *stages)})
+    if "synthesis" in stages:
+        other = dataclasses.replace(config, synthesis=dataclasses.replace(config.synthesis, dataset="unified"))
+        with pytest.raises(ClaimError, match=r"synthesis\.dataset=None not 'unified'"):
+            claim(path.parent, recorded | {"config": depends_on(other, *stages)})
+
+
+def test_the_shipped_cold_start_is_that_of_the_settings_of_today(tmp_path, monkeypatch):
+    path = Path(__file__).parent.parent / "data/scale_cold_start"
+    recorded = json.loads((path / "settings.json").read_text())
+    bench = Workbench(dataclasses.replace(CONFIG, results=str(tmp_path)), 400)
+    today = recorded | {"config": depends_on(CONFIG, "sft", "synthesis")}
+    monkeypatch.setattr(bench, "sft_settings", lambda *_: today)
+    monkeypatch.setattr(bench, "_made", lambda name, *_: name)
+    assert bench._fine_tuned("start", CELLS["sft"], 0) == str(path)
+
+
+def test_a_matrix_on_other_documents_is_refused(tmp_path):
+    config = load_config("laptop", [f"results={tmp_path}", "synthesis.dataset=vidoseek"], experiment=True)
+    with pytest.raises(ConfigError, match="the matrix trains and measures on MiniDocs"):
+        run_matrix(config)
 
 
 def test_a_killed_matrix_goes_on_and_a_failing_cell_stops_no_other(tmp_path, monkeypatch):
@@ -277,6 +313,31 @@ def test_seeds_of_reinforcement_learning_take_turns_with_cold_starts(tiny, monke
     assert asked(1, "sft") == [("sft", 0), ("sft", 1), ("sft", 2)]
     with pytest.raises(ValueError, match="at least one cold start"):
         Workbench(tiny, 0, 0)
+
+
+def test_reinforcement_learning_starts_from_what_fine_tuning_left(tiny, tmp_path, monkeypatch):
+    """Trap S12: the released script starts from the raw instruct model; here a chain without SFT does, and no other."""
+    import vrag_lib.matrix_training as training
+
+    bench = Workbench(dataclasses.replace(tiny, results=str(tmp_path)), 0, cold_starts=2)
+    reinforced, asked, loaded = bench._reinforced, [], []
+
+    def fake_reinforce(config, checkpoint, train, *, folder, seed):
+        loaded.append(checkpoint)
+        return folder / "final"
+
+    monkeypatch.setattr(Workbench, "train", None)
+    monkeypatch.setattr(training, "reinforce", fake_reinforce)
+    monkeypatch.setattr(bench, "_fine_tuned", lambda start, cell, seed: f"{start} tuned with seed {seed}")
+    monkeypatch.setattr(
+        bench, "_reinforced", lambda start, cell, seed: asked.append(start) or reinforced(start, cell, seed)
+    )
+    for cell in ("vrag_rl", "cold_start"):
+        for seed in (0, 1):
+            bench.checkpoint(CELLS[cell], seed)
+    assert {CELLS[name].chain for name in ("vrag_rl", "cold_start")} == {"sft+grpo", "grpo"}
+    tuned = [f"{bench.raw()} tuned with seed {seed}" for seed in (0, 1)]
+    assert asked == loaded == [*tuned, bench.raw(), bench.raw()]
 
 
 def test_a_shipped_cold_start_stands_in_only_where_nothing_differs(tiny, tmp_path, monkeypatch):

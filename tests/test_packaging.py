@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tomllib
+import warnings
 from pathlib import Path
 
 import pandas as pd
@@ -21,8 +22,16 @@ def normal(pin: str) -> str:
 def test_environment_yml_carries_the_pins_of_pyproject():
     text = (ROOT / "environment.yml").read_text()
     pins = re.findall(r"^ {6}- (\S+==\S+)$", text, re.M)
-    assert sorted(map(normal, pins)) == sorted(map(normal, PROJECT["dependencies"]))
+    wanted = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]
+    assert sorted(map(normal, pins)) == sorted(map(normal, wanted))
     assert "python=3.11" in text
+    for line in ("-c constraints.txt", "-e .[dev]"):
+        assert f"      - {line}\n" in text
+
+
+def test_make_asks_for_the_python_of_pyproject():
+    bounds = re.fullmatch(r">=3\.(\d+),<3\.(\d+)", PROJECT["requires-python"])
+    assert f"(3, {bounds[1]}) <= sys.version_info < (3, {bounds[2]})" in (ROOT / "Makefile").read_text()
 
 
 def test_every_dependency_is_pinned_and_locked_at_the_same_version():
@@ -51,6 +60,28 @@ def test_the_readmes_table_is_that_of_the_results():
             f"{row[m]:.1f} [{row[m + '_low']:.1f}, {row[m + '_high']:.1f}]" for m in ("R@1", "R@5", "R@10", "MRR@5")
         ]
         assert " | ".join(cells) in readme, method
+
+
+def test_every_module_compiles_without_a_warning():
+    """Trap S1: a backslash before a space keeps the released reward module from being imported at all."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for path in (ROOT / "vrag_lib").glob("*.py"):
+            compile(path.read_text(), path, "exec", dont_inherit=True)
+
+
+def test_the_readmes_table_names_every_module():
+    rows = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| `")]
+    named = {name for row in rows for name in re.findall(r"`([\w*]+)`", row.split("|")[1])}
+    families = tuple(name.removesuffix("*") for name in named if name.endswith("*"))
+    modules = {path.stem for path in (ROOT / "vrag_lib").glob("*.py")} - {"__init__"}
+    assert not {name for name in modules - named if not name.startswith(families)}
+
+
+def test_the_citation_names_this_version():
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"version: {PROJECT['version']}\n" in citation and f"license: {PROJECT['license']}\n" in citation
+    assert f"version = {{{PROJECT['version']}}}" in (ROOT / "README.md").read_text()
 
 
 def test_modules_stay_readable():

@@ -13,12 +13,15 @@ from vrag_lib.matrix_cells import CELLS
 from vrag_lib.paper_numbers import ABLATIONS, EFFECTS, PAPER_BY_TYPE, PAPER_OVERALL, PAPER_TABLE_2, Effect
 from vrag_lib.paper_tables import (
     COLUMNS,
+    MEASURED,
     TYPES,
+    basis,
     difference,
     effects,
     figure_3,
     figure_5,
     figure_6,
+    illegible,
     interval,
     make_tables,
     seeds_spread,
@@ -140,6 +143,18 @@ def test_missing_values_are_left_out_and_missing_cells_named():
     assert tables["table_1"].empty and list(tables["figure_3"]["pages_given"]) == [2]
 
 
+def test_an_effect_on_what_was_not_asked_is_not_measured():
+    right, wrong = rows_of(np.ones(8)), rows_of(np.zeros(8))
+    without = right["source_type"].str.lower() != "text"
+    rows = {"vrag_rl": right[without], "sft": wrong[without].assign(crop_iou=np.nan)}
+    wanted = [Effect("e", "vrag_rl", "sft", "", 1.0, element=kind) for kind in ("text", "table")]
+    table = effects(rows, [*wanted, Effect("c", "vrag_rl", "sft", "", column="crop_iou")])
+    assert list(table["verdict"])[0::2] == ["not measured"] * 2 and math.isnan(table["difference"][0])
+    assert table["difference"][1] == 100 and table["p_holm"].notna().tolist() == [False, True, False]
+    with pytest.raises(ValueError, match="in one cell only"):
+        difference(right, wrong[without], "accuracy", "text")
+
+
 def test_pairs_share_questions_and_seeds():
     frame = rows_of(np.ones(4))
     with pytest.raises(ValueError, match="in one cell only"):
@@ -161,8 +176,36 @@ def test_correction_decides_the_verdict():
     assert effects({"vrag_rl": a, "sft": b}, [one])["verdict"].item() == "agrees"
     many = effects({"vrag_rl": a, "sft": b}, [one] * 20)
     assert set(many["verdict"]) == {"not resolved"} and many["low"].min() > 0
-    assert verdict(-3.0, 0.01, 1) == "disagrees" and verdict(2.0, 0.01, 0) == "higher"
+    assert verdict(-3.0, 0.01, 1) == "disagrees" and verdict(2.0, 0.01, 0) == "better"
+    assert verdict(2.0, 0.01, 0, "invalid_rate") == "worse"
     assert verdict(math.nan, math.nan, 1) == "not measured"
+
+
+def test_what_an_effect_rests_on():
+    """Gold pages at the bottom, gold regions not: whoever is shown images and cannot crop is held there."""
+    bottom, top = rows_of(np.zeros(8)), rows_of(np.ones(8))
+    first = table_1({"gold_pages": bottom, "gold_regions": top})
+    assert illegible(first) and illegible(first, "layout") and not illegible(first[:1]) and not illegible(first[:0])
+    assert basis(first, "agrees", "vrag_rl", "search_r1", "accuracy", "text") == "built in"
+    assert basis(first, "disagrees", "react", "react_text", "accuracy", "") == "built in"
+    assert basis(first, "not resolved", "search_r1", "react", "accuracy", "") == "both at the bottom"
+    assert basis(first, "agrees", "vrag_rl", "react", "first_gold", "") == "measured"
+    assert basis(first, "agrees", "vrag_rl", "vrag_answer_only", "accuracy", "") == "measured"
+    assert basis(first, "not measured", "vrag_rl", "search_r1", "accuracy", "") == ""
+    layout = table_1({"gold_pages": rows_of(np.array([0, 0, 0, 1] * 2)), "gold_regions": top})
+    assert illegible(layout, "text") and not illegible(layout, "layout") and not illegible(layout)
+    assert basis(layout, "agrees", "vrag_rl", "search_r1", "accuracy", "layout") == "measured"
+
+
+def test_what_is_answered_most_often():
+    frame = rows_of(np.zeros(8), answer=["a", "Not answerable", "b ", "b", "b", "7", "x", "x"])
+    frame.loc[[6, 7], ["answered", "failed"]] = [False, True]
+    row = table_1({"sft": frame}).iloc[0]
+    assert (row["top_answer"], row["top_share"], row["top_two_share"], row["refused_share"]) == ("b", 37.5, 50.0, 12.5)
+    none = table_1({"sft": frame.assign(answered=False)}).iloc[0]
+    assert (none["top_answer"], none["top_share"], none["refused_share"]) == ("", 0, 0)
+    found = effects({"vrag_rl": rows_of(np.ones(8), answer=[*"abcdefgh"]), "sft": frame}, [EFFECTS[11]])
+    assert found["collapsed"].item() == "sft"
 
 
 def test_every_effect_names_cells_and_columns_and_its_arithmetic_holds():
@@ -170,6 +213,7 @@ def test_every_effect_names_cells_and_columns_and_its_arithmetic_holds():
         assert effect.a in CELLS and effect.b in CELLS and effect.column in COLUMNS, effect.name
         assert not effect.element or effect.element in TYPES
     assert all(effect.claimed for effect in EFFECTS) and not any(effect.claimed for effect in ABLATIONS)
+    assert {effect.column for effect in ABLATIONS} <= set(MEASURED)
     assert len({e.name for e in (*EFFECTS, *ABLATIONS)}) == len(EFFECTS) + len(ABLATIONS)
     overall = {cell: big for cell, (_, big, _) in PAPER_OVERALL.items()}
     images = overall | {"vanilla_rag_5": overall["vanilla_rag_1"]}  # the paper does not say how many pages

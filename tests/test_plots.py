@@ -10,8 +10,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from vrag_lib.corpus import Question
+from vrag_lib.environment import EnvironmentConfig
 from vrag_lib.geometry import Box, Size, View
 from vrag_lib.plots import (
+    RIGHT,
+    WRONG,
     boxes_figure,
     compared_curves,
     curves_figure,
@@ -57,12 +60,14 @@ def test_a_crop_is_drawn_where_its_view_says():
 def test_a_trajectory_strip_shows_each_image_and_the_next_crops_box():
     script = ["<search>1</search>", "<bbox>[50, 60, 250, 200]</bbox>", "<think>$x$</think><answer>$7_a^</answer>"]
     retriever = FakeRetriever(CORPUS.page_ids)
-    record = rollout(ScriptedPolicy(script), [Question("q", "how $many_?", "7")], CORPUS, retriever)[0]
+    record = rollout(ScriptedPolicy(script), [Question("q", "how $many_?", "9")], CORPUS, retriever)[0]
     figure = trajectory_figure(record, CORPUS)
     page, region = figure.axes
     patch = page.patches[0]
     assert abs(patch.get_x() - 50) < 2 and abs(patch.get_y() - 60) < 2 and not region.patches
-    assert "$7_a^" in figure.get_suptitle() and "[50, 60, 250, 200]" in page.get_xlabel()
+    assert figure.get_suptitle() == "how $many_?" and "[50, 60, 250, 200]" in page.get_xlabel()
+    said = page.figure.get_suptitle()
+    assert said == "→ $7_a^ ✗ (truth: 9)"
     pixels(figure)
     with pytest.raises(ValueError, match="shown no image"):
         trajectory_figure(
@@ -70,14 +75,41 @@ def test_a_trajectory_strip_shows_each_image_and_the_next_crops_box():
         )
 
 
-def test_named_boxes_carry_their_names():
-    ax = boxes_figure(CORPUS.pages[0], {"title": Box(0, 0, 90, 20), "row": Box(5, 50, 90, 60)}).axes[0]
-    assert {text.get_text() for text in ax.texts} == {"title", "row"} and len(ax.patches) == 2
+@pytest.mark.parametrize(
+    ("answer", "truth", "said", "colour"),
+    [
+        ("7.0", "7", "→ 7.0 ✓ (truth: 7)", RIGHT),
+        ("8", "7", "→ 8 ✗ (truth: 7)", WRONG),
+        ("8", "", "→ 8", "black"),
+        (None, "7", "→ none (max_turns) ✗ (truth: 7)", WRONG),
+    ],
+)
+def test_the_answer_of_a_strip_is_judged_where_the_truth_is_known(answer, truth, said, colour):
+    script = ["<search>1</search>", "<search>2</search>" if answer is None else f"<answer>{answer}</answer>"]
+    environment = EnvironmentConfig(max_turns=2)
+    question = Question("q", "how many?", truth)
+    record = rollout(ScriptedPolicy(script), [question], CORPUS, FakeRetriever(CORPUS.page_ids), environment)[0]
+    strip = trajectory_figure(record, CORPUS).axes[0].figure
+    assert strip.get_suptitle() == said and strip._suptitle.get_color() == colour
+
+
+def test_named_boxes_carry_their_names_where_they_cover_nothing():
+    figure = boxes_figure(CORPUS.pages[0], {"title": Box(0, 0, 90, 20), "row": Box(5, 50, 90, 60)})
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["title", "row"]
+    assert len(figure.axes[0].patches) == 2 and not figure.axes[0].texts
+    pixels(figure)
+    assert legend.get_window_extent().y0 >= figure.axes[0].get_window_extent().y1
+    assert not boxes_figure(CORPUS.pages[0], {}).legends
 
 
 def test_a_mixture_needs_two_scores_and_shows_what_was_kept():
     figure = score_mixture_figure([0.9, 0.88, 0.3, 0.29, 0.28], kept=2)
     assert "2 of 5 pages kept" in figure.axes[0].get_title() and len(figure.axes[1].lines) == 2
+    pixels(figure)
+    low, high = figure.axes[0].get_xlim()
+    ranks = [tick for tick in figure.axes[0].get_xticks() if low <= tick <= high]
+    assert ranks and all(tick == int(tick) and 1 <= tick <= 5 for tick in ranks)
     with pytest.raises(ValueError, match="at least two"):
         score_mixture_figure([1.0], 1)
 
@@ -100,7 +132,7 @@ def test_readings_say_what_was_read_and_whether_it_is_right():
     figure = readings_figure(looks)
     axes = [ax for ax in figure.axes if ax.images]
     assert len(axes) == 3
-    assert [ax.xaxis.label.get_color() for ax in axes] == ["tab:green", "tab:red", "tab:green"]
+    assert [ax.xaxis.label.get_color() for ax in axes] == [RIGHT, WRONG, RIGHT]
     assert "how $x$ much?" in axes[1].get_title() and "truth '7'" in axes[1].get_xlabel()
 
 
@@ -110,6 +142,20 @@ def test_curves_skip_empty_cells_and_absent_columns():
     lines = figure.axes[0].lines
     assert [list(line.get_xdata()) for line in lines] == [[1, 2, 3], [2]]
     assert [ax.get_title() for ax in figure.axes] == ["loss", "rate"]
+
+
+def test_legends_stand_below_the_curves_and_held_out_columns_are_dashed_twins():
+    table = pd.DataFrame({"step": [1, 2], "a": [0.0, 1], "held a": [0.0, 0.5], "held b": [0.1, 0.2], "c": [1.0, 1]})
+    figure = curves_figure(table, {"one": ["a", "b"], "two": ["c"], "three": ["a"]}, across=2, twin="held ")
+    one, two, three = figure.axes
+    a, held_a, held_b = one.lines
+    assert (a.get_linestyle(), held_a.get_linestyle(), held_b.get_linestyle()) == ("-", "--", "--")
+    assert a.get_color() == held_a.get_color() != held_b.get_color()
+    assert [text.get_text() for text in one.get_legend().get_texts()] == ["a", "b"]
+    pixels(figure)
+    assert one.get_position().y0 > three.get_position().y1 and one.get_position().x1 < two.get_position().x0
+    for ax in figure.axes:
+        assert ax.get_legend().get_window_extent().y1 < ax.xaxis.label.get_window_extent().y0 + 1
 
 
 def test_curves_of_several_seeds_are_their_mean_and_range_where_all_have_a_value():

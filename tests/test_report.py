@@ -66,13 +66,46 @@ def test_the_page_says_where_whole_pages_cannot_be_read(tmp_path):
     assert "the sign is built in: crop, paper's reward; crop, text questions;" in text
 
 
+def test_the_page_says_which_agree_by_construction_and_which_agents_say_one_thing(tmp_path):
+    rows = made_up(80, 1, cells=("react", "search_r1", "gold_pages", "gold_pages_crop", "gold_regions", "vrag_rl"))
+    for name in ("react", "search_r1", "gold_pages", "gold_pages_crop"):
+        rows[name] = rows[name].assign(judge=0.0)
+    rows["vrag_rl"] = rows["vrag_rl"].assign(judge=1.0, crop_iou=0.5)
+    rows["gold_pages_crop"] = rows["gold_pages_crop"].assign(crop_iou=0.25)
+    rows["search_r1"] = rows["search_r1"].assign(answer="Not answerable")
+    config = load_config("laptop", [f"results={tmp_path}"], experiment=True)
+    store(rows, config)
+    page = write_report(config, seeds=1).read_text()
+    tables = (config.folder("paper") / "README.md").read_text()
+    for text in (page, tables):
+        assert "**agrees, but the sign is built in** (1 of 24): VRAG-RL over Search-R1-VL" in text
+        assert "| agrees | built in |" in text and "Cells: `vrag_rl`: SFT, RL" in text
+        share = 100 * rows["search_r1"]["answered"].mean()
+        assert f"- `search_r1` ({CELLS['search_r1'].about}): `Not answerable` in {share:.1f} %" in text
+        assert "likely cause in `search_r1`" in text and "`react`:" not in text.partition("Collapsed")[2][:400]
+        assert "no skill, whatever their sign: RL without SFT, no crop: finished; RL without SFT, no crop: inv" in text
+    assert "no upper bound: `gold_pages` (0.0 [0.0, 0.0] %) and `gold_pages_crop` (0.0 [0.0, 0.0] %)" in tables
+    assert "is 0.25 [0.25, 0.25], of those of `vrag_rl` 0.50 [0.50, 0.50]" in tables
+    table = pd.read_csv(config.folder("paper") / "table_1.csv").set_index("cell")
+    assert table.loc["search_r1", "top_answer"] == "Not answerable" and table.loc["react", "refused_share"] == 0
+
+
+def test_a_model_cannot_break_a_table_by_what_it_answers(tmp_path):
+    rows = made_up(8, 1, cells=("react",))
+    rows["react"] = rows["react"].assign(answer="a`|\nb", answered=True)
+    config = load_config("laptop", [f"results={tmp_path}"], experiment=True)
+    store(rows, config)
+    write_report(config, seeds=1)
+    assert "| `a'\\| b` 100.0 |" in (config.folder("paper") / "README.md").read_text()
+
+
 def test_all_tables_and_figures_are_there(written):
     config, page = written
     folder = config.folder("paper")
     assert {path.stem for path in folder.glob("*.png")} == set(FIGURES)
     text = (folder / "README.md").read_text()
     for name in FIGURES:
-        assert f"![{name}]({name}.png)" in text and Image.open(folder / f"{name}.png").width > 400
+        assert f"![{name}]({name}.png)" in text and 400 < Image.open(folder / f"{name}.png").width < 1600
     for link in ("laptop/paper/effects.png", "laptop/paper/README.md"):
         assert link in page.read_text() and (page.parent / link).is_file()
     assert "| VRAG-RL-7B in SCORE | 4.36 |" in text and "no answer" in text and "Accuracy by training seed" in text

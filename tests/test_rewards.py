@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 from helpers import FakeCorpus, FakeRetriever
@@ -11,8 +12,9 @@ from hypothesis import strategies as st
 
 from vrag_lib.corpus import Question
 from vrag_lib.geometry import Size
+from vrag_lib.judge import JudgeError
 from vrag_lib.policy import ScriptedPolicy
-from vrag_lib.rewards import RECIPES, RewardRecipe, ndcg, score
+from vrag_lib.rewards import RECIPES, RewardRecipe, Scorer, ndcg, score
 from vrag_lib.rollout import rollout
 from vrag_lib.trajectory import Trajectory
 
@@ -73,3 +75,34 @@ def test_free_weights_and_another_judge():
     lenient = score(record, RewardRecipe(0.5, 0.25, 0.25), judge=lambda question, reference, answer: True)
     assert lenient.total_reward == pytest.approx(1.0)
     assert score(record, RewardRecipe(0.5, 0.25, 0.25)).total_reward == pytest.approx(0.75)
+
+
+def test_a_judge_that_fails_is_an_unknown_reward_and_never_a_zero():
+    """Trap S2: and it costs nothing where the answer has no weight."""
+
+    def judge(question, reference, answer):
+        raise JudgeError("no verdict")
+
+    record = run("<search>2</search>", "<answer>42</answer>")
+    assert math.isnan(score(record, judge=judge).total_reward)
+    assert score(record, RECIPES["retrieval_only"], judge).total_reward == 1
+    assert score(run("<answer>42</answer>"), RECIPES["released_code"], judge).total_reward == 0
+    assert score(run("no action"), judge=judge).total_reward == 0
+
+
+def test_a_model_judge_gets_all_answers_of_a_rollout_at_once():
+    class Judge:
+        def many(self, items):
+            self.items = list(items)
+            return [answer == reference for _, reference, answer in items]
+
+    records = [run(f"<answer>{text}</answer>") for text in ("42", "41", "42")] + [run("no action")]
+    scorer = Scorer(RECIPES["answer_only"], Judge())
+    assert [t.total_reward for t in scorer.many(records)] == [1, 0, 1, 0] and len(scorer.judge.items) == 2
+
+
+def test_a_crop_of_the_whole_page_is_no_further_page():
+    """Trap T14: the gold page stays the second that was shown."""
+    record = run("<search>1</search>", "<bbox>[0, 0, 5000, 5000]</bbox>", "<search>2</search>", "<answer>42</answer>")
+    assert len(record.images) == 3 and len(record.shown_pages) == 2
+    assert ndcg(record.shown_pages, record.gold_page_ids) == pytest.approx(0.631, abs=5e-4)

@@ -138,6 +138,25 @@ def test_a_failing_search_engine_is_recorded_not_raised():
     assert all("the search server is away" in t.error for t in records)
 
 
+def test_a_query_that_fails_costs_its_own_trajectory_only():
+    """Trap T22: all searches of a batch are one call, which the one bad query fails for all."""
+
+    class Choosy(FakeRetriever):
+        def search(self, queries, k):
+            if "bad" in queries:
+                raise ValueError("this query cannot be read")
+            return super().search(queries, k)
+
+    def reply(conversation):
+        query = "bad" if conversation[0].text.endswith("question 2") else "3"
+        return f"<search>{query}</search>" if len(conversation) == 1 else "<answer>x</answer>"
+
+    records = run(ScriptedPolicy(reply), retriever=Choosy(CORPUS.page_ids), batch_size=5)
+    bad = records.pop(2)
+    assert bad.stop_reason is StopReason.ERROR and "this query cannot be read" in bad.error and not bad.shown_pages
+    assert [(t.shown_pages, t.answer) for t in records] == [(("doc_3",), "x")] * 4
+
+
 def test_budgets_end_a_trajectory_with_their_own_reason():
     long = run(TokenPolicy(["<search>1</search>"]), QUESTIONS[:1], max_sampled_tokens=30)[0]
     assert long.stop_reason is StopReason.MAX_TOKENS and len(long.replies) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import multiprocessing
 import os
 import signal
@@ -17,7 +18,7 @@ from vrag_lib.config import EnvironmentConfig
 from vrag_lib.corpus import Question
 from vrag_lib.geometry import Size
 from vrag_lib.policy import Reply
-from vrag_lib.synthesis import SynthesisError, count_errors, read_samples, sample, sample_seeds
+from vrag_lib.synthesis import SamplingError, SynthesisError, count_errors, read_samples, sample, sample_seeds
 from vrag_lib.trajectory import RecordError, StopReason, Trajectory
 
 
@@ -34,8 +35,15 @@ class SeededPolicy:
 
     name = "seeded"
 
-    def __init__(self, die_at: int = 0, raise_at: int = 0, wait: float = 0.0, failing: tuple[str, ...] = ()):
-        self.die_at, self.raise_at, self.wait, self.failing = die_at, raise_at, wait, failing
+    def __init__(
+        self,
+        die_at: int = 0,
+        raise_at: int = 0,
+        wait: float = 0.0,
+        failing: tuple[str, ...] = (),
+        error: str = "timeout: no reply in 3 s",
+    ):
+        self.die_at, self.raise_at, self.wait, self.failing, self.error = die_at, raise_at, wait, failing, error
         self.replies = 0
 
     def generate(self, conversations, *, seeds=None):
@@ -48,7 +56,7 @@ class SeededPolicy:
                 raise ZeroDivisionError("a policy with a bug")
             time.sleep(self.wait * (seed % 3))
             if any(conversation[0].text.endswith(f"question {number}") for number in self.failing):
-                replies.append(Reply("", finish_reason="error", error="timeout: no reply in 3 s"))
+                replies.append(Reply("", finish_reason="error", error=self.error))
             elif len(conversation) == 1:
                 replies.append(Reply(f"<think>find it</think><search>{seed % 4}</search>"))
             else:
@@ -130,29 +138,65 @@ def test_what_ended_before_a_policy_broke_is_kept(tmp_path, whole, workers):
     assert untimed(run(tmp_path)) == whole
 
 
-def test_failed_samples_are_kept_counted_and_retried_only_when_asked(tmp_path, whole, caplog):
+def test_failed_samples_are_counted_and_sampled_again_unless_that_is_not_wanted(tmp_path, whole, caplog):
     first = run(tmp_path, SeededPolicy(failing=("1", "4")))
     assert [t.question_id for t in first if t.stop_reason is StopReason.ERROR] == ["q1"] * 3 + ["q4"] * 3
     assert count_errors(first) == {"timeout": 6} and "6 of 15 samples failed: {'timeout': 6}" in caplog.text
     policy = SeededPolicy()
-    assert run(tmp_path, policy) == first and policy.replies == 0
-    again = run(tmp_path, policy, retry_errors=True)
+    assert run(tmp_path, policy, retry_errors=False) == first and policy.replies == 0
+    again = run(tmp_path, policy)
     assert untimed(again) == whole and policy.replies == 12 and count_errors(again) == {}
+    assert run(tmp_path, policy) == again and policy.replies == 12
 
 
-def test_a_search_engine_that_fails_is_counted_by_kind(tmp_path):
-    samples = run(tmp_path, retriever=FailingRetriever(CORPUS.page_ids))
-    assert count_errors(samples) == {"search failed": 15}
+@pytest.mark.parametrize(
+    ("error", "again"),
+    [
+        *((f"{kind}: x", True) for kind in ("auth", "connection", "server", "rate_limit", "bad_request", "image")),
+        ("refusal: I will not", False),
+        ("too_large: the reply is longer than 4 bytes", False),
+    ],
+)
+def test_what_the_model_itself_did_is_a_result_and_stays(tmp_path, error, again):
+    run(tmp_path, SeededPolicy(failing=("1",), error=error))
+    policy = SeededPolicy()
+    assert count_errors(run(tmp_path, policy)) == ({} if again else {error.partition(":")[0]: 3})
+    assert policy.replies == (6 if again else 0)
+
+
+def test_when_all_fail_the_error_says_how_and_what_to_do_and_the_samples_are_kept(tmp_path, whole):
+    away = FailingRetriever(CORPUS.page_ids)
+    expected = (
+        r"all 15 samples failed: \{'search failed': 15\}; the first: search failed: the search server is away.* run"
+    )
+    with pytest.raises(SamplingError, match=expected):
+        run(tmp_path, retriever=away)
+    assert count_errors(read_samples(tmp_path)) == {"search failed": 15}
+    back = FakeRetriever(CORPUS.page_ids)
+    back.name = away.name
+    assert untimed(run(tmp_path, retriever=back)) == whole
+
+
+def test_a_model_that_refuses_everything_has_a_result(tmp_path):
+    everything = tuple(str(i) for i in range(5))
+    samples = run(tmp_path, SeededPolicy(failing=everything, error="refusal: I will not"))
+    assert count_errors(samples) == {"refusal": 15}
 
 
 def test_samples_of_other_settings_do_not_mix(tmp_path):
     run(tmp_path)
-    with pytest.raises(SynthesisError, match="holds samples of other settings: seed=7 not 8; give another folder"):
+    with pytest.raises(SynthesisError, match="made with other settings: seed=7 not 8; use those, give another folder"):
         run(tmp_path, seed=8, run_id="seeded:7")
     with pytest.raises(SynthesisError, match="samples_per_question=3 not 2"):
         run(tmp_path, samples_per_question=2)
     with pytest.raises(SynthesisError, match=r"more\.temperature=None not 0\.5"):
         run(tmp_path, settings={"temperature": 0.5})
+    with pytest.raises(SynthesisError, match=r"other settings: more\.path=None not 'x'; use"):
+        run(tmp_path, settings={"path": "x"})
+    run(tmp_path, settings={"path": None})  # of a setting that came later, recorded nowhere
+    recorded = json.loads((tmp_path / "settings.json").read_text())
+    (tmp_path / "settings.json").write_text(json.dumps(recorded | {"fingerprint": "of an earlier version"}))
+    run(tmp_path)
     (tmp_path / "settings.json").unlink()
     with pytest.raises(SynthesisError, match=r"no readable settings\.json"):
         run(tmp_path)

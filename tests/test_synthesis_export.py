@@ -16,7 +16,7 @@ from PIL import Image, ImageChops
 
 from vrag_lib.actions import LAST_TURN
 from vrag_lib.config import EnvironmentConfig
-from vrag_lib.corpus import Question
+from vrag_lib.corpus import Question, document_stem
 from vrag_lib.geometry import Size
 from vrag_lib.policy import ScriptedPolicy
 from vrag_lib.rollout import rollout
@@ -256,6 +256,14 @@ def test_which_documents_are_set_apart_follows_from_the_seed_and_not_from_their_
     assert [set(part) for part in map(ids, backwards)] == [
         set(part) for part in map(ids, split_questions(asked, 40, 0))
     ]
+
+
+def test_a_document_written_in_two_ways_is_one():
+    names = ["a.pdf", "x/a.PDF", "a", "b.pdf", "b", "c.v2.pdf"]
+    asked = [Question(f"q{n}", "?", "!", name, (1,)) for n, name in enumerate(names)]
+    for seed in range(6):
+        sft, rl = ({document_stem(q.file_name) for q in part} for part in split_questions(asked, 2, seed))
+        assert sft and rl and not sft & rl
 
 
 def ids(part) -> list[str]:

@@ -42,7 +42,7 @@ def curves(folder: Path) -> list[dict[str, str]]:
         ]
 
 
-def die(*_: Any) -> None:
+def die(*_: Any, **__: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -66,18 +66,25 @@ def run_sft(checkpoint: Path, folder: Path, die_at_batch: int = 0) -> Path:
         sft.collate = whole
 
 
-def run_grpo(checkpoint: Path, folder: Path, die_at_rollout: int = 0, **settings: Any) -> Path:
-    """GRPO on the questions; SIGKILL when the given rollout (1, 2, ...) begins."""
+def run_grpo(checkpoint: Path, folder: Path, die_at_rollout: int = 0, die_in: str = "rollout", **settings: Any) -> Path:
+    """GRPO on the questions; SIGKILL when the given rollout (1, 2, ...) begins, or in the update or the saving of the
+    checkpoint that follows it (`die_in`)."""
     import torch
 
     from vrag_lib.grpo import GRPOConfig, train_grpo
+    from vrag_lib.grpo_trainer import AgentGRPOTrainer
 
     torch.set_num_threads(1)
     calls = []
+    later = {"update": "compute_loss", "checkpoint": "_save_rng_state"}
 
     def sampler(policy: Any) -> Any:
         calls.append(0)
-        return die() if len(calls) == die_at_rollout else policy
+        if len(calls) == die_at_rollout:
+            if die_in == "rollout":
+                die()
+            setattr(AgentGRPOTrainer, later[die_in], die)
+        return policy
 
     return train_grpo(
         checkpoint,

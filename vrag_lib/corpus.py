@@ -11,7 +11,7 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,15 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from vrag_lib.config import cache_dir as default_cache_dir
-from vrag_lib.document_files import CorpusError, Problem, document_ids, document_stem, find_documents
+from vrag_lib.document_files import (
+    CorpusError,
+    Problem,
+    document_ids,
+    document_stem,
+    find_documents,
+    own_id,
+    unambiguous,
+)
 from vrag_lib.geometry import Box, Size
 from vrag_lib.parallel import WorkerCrash, run_tasks
 from vrag_lib.rendering import (
@@ -97,6 +105,11 @@ class Document:
     pages: tuple[Page, ...]
     settings: str = ""
 
+    @property
+    def file_name(self) -> str:
+        """What a `Question` about it calls it: the file's name, or the id where that name gives another."""
+        return self.path.name if document_stem(self.path.name) == self.id else self.id
+
 
 @dataclass(frozen=True)
 class Question:
@@ -140,12 +153,21 @@ class Question:
 class Corpus:
     """Documents and their pages, sorted by document id, then page number; immutable.
 
-    `problems` names what was left out and why. `fingerprint` is equal for equal corpora on every machine.
+    `problems` names what was left out and why. `aliases` gives for a document that was left out because its content is
+    another's the id of that one, which is in the corpus: their pages are the same. `fingerprint` is equal for equal
+    corpora on every machine.
     """
 
-    def __init__(self, documents: Iterable[Document], problems: Iterable[Problem] = ()) -> None:
+    def __init__(
+        self,
+        documents: Iterable[Document],
+        problems: Iterable[Problem] = (),
+        aliases: Mapping[str, str] | None = None,
+    ) -> None:
         self.documents = tuple(sorted(documents, key=lambda document: document.id))
         self.problems = tuple(problems)
+        ids = {document.id for document in self.documents}
+        self.aliases = {name: kept for name, kept in (aliases or {}).items() if kept in ids and name not in ids}
         self.pages = tuple(page for document in self.documents for page in document.pages)
         self.page_ids = tuple(page.id for page in self.pages)
         self._by_id = {page.id: page for page in self.pages}
@@ -185,7 +207,15 @@ class Corpus:
             replace(document, pages=tuple(new.get(page.id, page) for page in document.pages))
             for document in self.documents
         ]
-        return Corpus(documents, self.problems)
+        return Corpus(documents, self.problems, self.aliases)
+
+    def with_problems(self, problems: Iterable[Problem]) -> Corpus:
+        """The same corpus with more problems."""
+        return Corpus(self.documents, (*self.problems, *problems), self.aliases)
+
+    def with_documents(self, ids: Collection[str]) -> Corpus:
+        """The same corpus without the documents of other ids."""
+        return Corpus((document for document in self.documents if document.id in ids), self.problems, self.aliases)
 
     def with_prefix(self, prefix: str) -> Corpus:
         """The same corpus with `prefix` before every document id; for merging corpora whose ids clash."""
@@ -194,7 +224,8 @@ class Corpus:
             name = prefix + document.id
             pages = tuple(replace(page, id=f"{name}_{page.number}", document_id=name) for page in document.pages)
             documents.append(replace(document, id=name, pages=pages))
-        return Corpus(documents, self.problems)
+        aliases = {prefix + name: prefix + kept for name, kept in self.aliases.items()}
+        return Corpus(documents, self.problems, aliases)
 
     @classmethod
     def merge(cls, corpora: Iterable[Corpus]) -> Corpus:
@@ -204,8 +235,10 @@ class Corpus:
         """
         documents: dict[str, Document] = {}
         problems: list[Problem] = []
+        aliases: list[tuple[str, str]] = []
         for corpus in corpora:
             problems += corpus.problems
+            aliases += corpus.aliases.items()
             for document in corpus.documents:
                 first = documents.setdefault(document.id, document)
                 if first.sha256 != document.sha256:
@@ -213,7 +246,7 @@ class Corpus:
                         f"the id {document.id!r} stands for {first.path} and for {document.path}, whose contents "
                         "differ; tell the corpora apart with load_dataset(..., prefix=...) or Corpus.with_prefix"
                     )
-        return cls(documents.values(), problems)
+        return cls(documents.values(), problems, unambiguous(aliases))
 
     @classmethod
     def from_folder(
@@ -228,8 +261,8 @@ class Corpus:
 
         Rendered pages are cached by content under `cache_dir` (default: `config.cache_dir()`), so a second call, or
         one after a kill, does only what is missing. Documents and pages that cannot be read are left out and named in
-        `problems`, and so is a document of the same content as another. Files of one name but different content get
-        their folders' names in front (`a/report.pdf` becomes `a_report`).
+        `problems`, and so is a document of the same content as another, whose name `aliases` keeps. Files of one name
+        but different content get their folders' names in front (`a/report.pdf` becomes `a_report`).
 
         `page_pattern` is for documents kept as one image per page: a regular expression for the ends of such file
         names, with a group `number` and, unless the folder's name is the document's, a group `document`.
@@ -245,19 +278,22 @@ class Corpus:
         sources = _inspect(find_documents(root, problems), workers, problems)
         folders = {source.sha256: cache / "pages" / f"{source.sha256}-{settings.tag}" for source in sources}
         _render_missing(sources, folders, settings, workers, problems)
-        groups = _without_duplicates(_grouped(sources, page_pattern, problems), problems)
-        ids = document_ids(list(groups), root)
+        groups = _grouped(sources, page_pattern, problems)
+        originals = _originals(groups, problems)
+        kept = {path: members for path, members in groups.items() if originals[path] == path}
+        ids = document_ids(list(kept), root)
         documents = []
-        for name, members in groups.items():
-            pages = _load_pages(ids[name], members, folders, problems)
+        for path, members in kept.items():
+            pages = _load_pages(ids[path], members, folders, problems)
             if pages:
-                documents.append(Document(ids[name], name, _digest(members), pages, settings.tag))
+                documents.append(Document(ids[path], path, _digest(members), pages, settings.tag))
         for problem in problems:
             logger.warning("left out: %s", problem)
         if not documents:
             reasons = "; ".join(str(problem) for problem in problems[:5])
             raise CorpusError(f"none of the documents in {root} could be read: {reasons}")
-        return cls(documents, problems)
+        aliases = unambiguous((own_id(path), ids[original]) for path, original in originals.items())
+        return cls(documents, problems, aliases)
 
 
 class _Source(NamedTuple):
@@ -338,21 +374,21 @@ def _grouped(
 
 
 def _digest(members: Sequence[_Member]) -> str:
-    """The sha256 of a document's content: its file's, or one over its page images'."""
-    if len({member.source.path for member in members}) == 1:
+    """The sha256 of a document's content: its file's, or one over its page images' with their numbers."""
+    if members[0].number == 1 and len({member.source.path for member in members}) == 1:
         return members[0].source.sha256
     text = "".join(f"{member.number} {member.source.sha256}\n" for member in members)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _without_duplicates(groups: dict[Path, list[_Member]], problems: list[Problem]) -> dict[Path, list[_Member]]:
+def _originals(groups: dict[Path, list[_Member]], problems: list[Problem]) -> dict[Path, Path]:
+    """For each document the first one of the same content, itself as a rule; the others are added to `problems`."""
     first: dict[str, Path] = {}
-    for path, members in groups.items():
-        original = first.setdefault(_digest(members), path)
-        if original != path:
+    originals = {path: first.setdefault(_digest(members), path) for path, members in groups.items()}
+    for path, original in originals.items():
+        if path != original:
             problems.append(Problem(str(path), f"same content as {original}, which is kept"))
-    kept = set(first.values())
-    return {path: members for path, members in groups.items() if path in kept}
+    return originals
 
 
 def _load_pages(

@@ -8,7 +8,9 @@ kept, so that counts stay those of the benchmark (MMLongBench-Doc has such slips
 The formats (spec 1.7, 2.4; the public repositories of SlideVQA and MMLongBench-Doc):
 
 * `unified` and `vidoseek`: `{"examples": [{uid, query, reference_answer, meta_info: {file_name, reference_page,
-  source_type, query_type, ...}}]}`; the refined SlideVQA test file has this form too.
+  source_type, query_type, ...}}]}`, or the bare list; the refined SlideVQA test file has this form too. Only query and
+  reference_answer are needed: an item without a uid is called by its place, q1, q2, ..., and one without reference
+  pages needs no file_name.
 * `slidevqa`: the original annotation, one JSON object a line: qa_id, deck_name, question, answer, evidence_pages,
   reasoning_type, answer_type, arithmetic_expression, and the deck's URLs.
 * `mmlongbench_doc`: a JSON list of doc_id, doc_type, question, answer, evidence_pages, evidence_sources,
@@ -27,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from vrag_lib.corpus import Corpus, Question
-from vrag_lib.document_files import CorpusError, Problem
+from vrag_lib.document_files import CorpusError, Problem, document_stem
 from vrag_lib.minidocs_content import NOT_ANSWERABLE
 from vrag_lib.rendering import write_atomically
 
@@ -51,6 +53,9 @@ _QUESTION_FILES = {
     "slidevqa": ("slidevqa_refined.json", "annotations/qa/test.jsonl", "test.jsonl"),
     "mmlongbench_doc": ("samples.json", "data/samples.json"),
 }
+_SPLIT_FILES = {"slidevqa": ("annotations/qa/{split}.jsonl", "{split}.jsonl")}
+"""Where questions of another split than test lie; other formats have one file, whatever it is for."""
+
 _DOCUMENT_FOLDERS = ("{name}_pdf_document", "documents", "pdf", "pdfs", "images", "img")
 _META_FIELDS = ("file_name", "reference_page", "source_type", "query_type")
 
@@ -60,18 +65,19 @@ class _ItemError(ValueError):
 
 
 def load_questions(
-    path: str | Path, format: str = "auto", problems: list[Problem] | None = None
+    path: str | Path, format: str = "auto", problems: list[Problem] | None = None, split: str = "test"
 ) -> tuple[Question, ...]:
     """The questions of a file, or of the one question file that a folder holds.
 
     `format` is `unified`, `vidoseek`, `slidevqa`, `mmlongbench_doc`, or `auto`, which goes by the content. Items that
-    cannot be used are left out, logged, and added to `problems`.
+    cannot be used are left out, logged, and added to `problems`. `split`: which file of a folder in the format of
+    SlideVQA, the only one that knows splits.
 
     Raises CorpusError when there is no such file, it is not of the format, or no item in it can be used.
     """
     if format != "auto" and format not in _FORMS:
         raise CorpusError(f"format {format!r} is not one of auto, {', '.join(_FORMS)}")
-    file = _question_file(Path(path), format)
+    file = _question_file(Path(path), format, split)
     found: list[Problem] = []
     items = _read_items(file, found)
     form = _form_of(items, file)
@@ -79,6 +85,8 @@ def load_questions(
         raise CorpusError(f"{file} is in the {form} format, not in {format}; pass format={form!r} or 'auto'")
     questions: dict[str, Question] = {}
     for index, item in enumerate(items):
+        if form == "unified" and isinstance(item, dict):
+            item = {"uid": f"q{index + 1}", **item}
         try:
             question = _READERS[form](item, questions)
             if question.uid in questions:
@@ -140,45 +148,90 @@ def check_gold(corpus: Corpus, questions: Iterable[Question]) -> list[Problem]:
     return problems
 
 
+def about_kept_documents(corpus: Corpus, questions: Iterable[Question]) -> tuple[Question, ...]:
+    """The questions, with those about a document that the corpus left out as a duplicate turned into questions about
+    the one it kept, whose pages are the same. Logs how many."""
+    questions = tuple(questions)
+    names = {document.id: document.file_name for document in corpus.documents if document.id in corpus.aliases.values()}
+    kept = [corpus.aliases.get(document_stem(question.file_name)) for question in questions]
+    moved = sum(name is not None for name in kept)
+    if moved:
+        logger.warning(
+            "%d of %d questions are about duplicates; taken to be about the documents kept", moved, len(kept)
+        )
+    return tuple(
+        question if name is None else replace(question, file_name=names[name])
+        for question, name in zip(questions, kept, strict=True)
+    )
+
+
+def with_prefix(prefix: str, corpus: Corpus, questions: Iterable[Question]) -> tuple[Corpus, tuple[Question, ...]]:
+    """The same with `prefix` before document ids and the questions' file names: to tell apart what is called alike."""
+    named = tuple(
+        replace(q, file_name=prefix + re.split(r"[/\\]", q.file_name)[-1]) if q.file_name else q for q in questions
+    )
+    return corpus.with_prefix(prefix), named
+
+
 def load_dataset(
-    name: str, path: str | Path, prefix: str = "", answerable_only: bool = True, **corpus_options: Any
+    name: str,
+    path: str | Path,
+    prefix: str = "",
+    answerable_only: bool = True,
+    split: str = "test",
+    **corpus_options: Any,
 ) -> tuple[Corpus, tuple[Question, ...]]:
     """The pages and questions of a benchmark in a local folder: `unified`, `vidoseek`, `slidevqa` or `mmlongbench_doc`.
 
     Documents are looked for in the folder's `{name}_pdf_document`, `documents`, `pdf`, `images` or `img`, else in the
     folder itself; page images in `images`, named as SlideVQA's, or in `img`, named as the paper's, make up documents.
-    `prefix` goes before document ids and file names, `corpus_options` to `Corpus.from_folder`. Gold pages that the
-    corpus lacks are logged (see `check_gold`). Raises CorpusError as `load_questions` and `Corpus.from_folder` do.
+    `prefix` goes before document ids and file names, `corpus_options` to `Corpus.from_folder`, `split` to
+    `load_questions`. Questions about a duplicate ask about the document kept (`about_kept_documents`); gold pages that
+    the corpus lacks are logged (see `check_gold`). Raises CorpusError as `load_questions` and `Corpus.from_folder` do.
     """
     if name not in _FORMS:
         raise CorpusError(f"dataset {name!r} is not one of {', '.join(_FORMS)}")
     root = Path(path)
-    questions = load_questions(root, name)
+    questions = load_questions(root, name, split=split)
     if answerable_only:
         questions = answerable(questions)
     folders = [root / folder.format(name=name) for folder in _DOCUMENT_FOLDERS]
     folder = next((folder for folder in folders if folder.is_dir()), root)
     pattern = {"img": NUMBERED_PAGE_IMAGE, "images": SLIDEVQA_PAGE_IMAGE}.get(folder.name)
     corpus = Corpus.from_folder(folder, **{"page_pattern": pattern, **corpus_options})
+    questions = about_kept_documents(corpus, questions)
     if prefix:
-        corpus = corpus.with_prefix(prefix)
-        questions = tuple(replace(q, file_name=prefix + re.split(r"[/\\]", q.file_name)[-1]) for q in questions)
+        corpus, questions = with_prefix(prefix, corpus, questions)
     missing = check_gold(corpus, questions)
     if missing:
         logger.warning("%d gold pages are not in the corpus, the first: %s", len(missing), missing[0])
     return corpus, questions
 
 
-def _question_file(path: Path, format: str) -> Path:
+def question_files(folder: Path) -> dict[Path, tuple[str, ...]]:
+    """The question files that a folder holds under their usual names, with the formats that use the name."""
+    files = dict.fromkeys(folder / name for names in _QUESTION_FILES.values() for name in names)
+    return {
+        file: tuple(form for form, names in _QUESTION_FILES.items() if file in {folder / name for name in names})
+        for file in files
+        if file.is_file()
+    }
+
+
+def _question_file(path: Path, format: str, split: str) -> Path:
     if not path.exists():
         raise CorpusError(f"{path} does not exist; give a question file or the folder of one")
     if path.is_file():
         return path
     names = [name for form in ([format] if format != "auto" else _QUESTION_FILES) for name in _QUESTION_FILES[form]]
+    of_split = split != "test" and format in _SPLIT_FILES
+    if of_split:
+        names = [name.format(split=split) for name in _SPLIT_FILES[format]]
     found = [path / name for name in dict.fromkeys(names) if (path / name).is_file()]
     if format != "auto":
         found = found[:1]
-    found = found or sorted([*path.glob("*.json"), *path.glob("*.jsonl")])
+    if not found and not of_split:  # a file of another name might hold the test questions
+        found = sorted([*path.glob("*.json"), *path.glob("*.jsonl")])
     if len(found) != 1:
         wanted = f" ({' or '.join(names)})" if format != "auto" else ""
         several = "several question files: " + ", ".join(file.name for file in found)
@@ -227,12 +280,13 @@ def _unified(item: Any, before: dict[str, Question]) -> Question:
     if not isinstance(meta, dict):
         raise _ItemError("field meta_info: not an object")
     own = {key: value for key, value in item.items() if key not in ("uid", "query", "reference_answer", "meta_info")}
+    pages = _pages(meta, "reference_page")
     return Question(
         uid=_text(item, "uid"),
         query=_text(item, "query"),
         reference_answer=_text(item, "reference_answer"),
-        file_name=_text(meta, "file_name"),
-        reference_pages=_pages(meta, "reference_page"),
+        file_name=_text(meta, "file_name", None if pages else ""),
+        reference_pages=pages,
         source_type=_text(meta, "source_type", ""),
         query_type=_text(meta, "query_type", ""),
         extra={**own, **{key: value for key, value in meta.items() if key not in _META_FIELDS}},

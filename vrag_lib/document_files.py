@@ -6,7 +6,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -77,6 +77,23 @@ def find_documents(root: Path, problems: list[Problem] | None = None) -> list[Pa
     return files
 
 
+def own_id(file: Path) -> str:
+    """The document id that a file would have if no other were there."""
+    return document_stem(file.name or Path(os.path.abspath(file)).name)
+
+
+def unambiguous(names: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """What each name stands for, without the names that stand for several things.
+
+    >>> unambiguous([("b", "a"), ("c", "a"), ("c", "d"), ("b", "a")])
+    {'b': 'a'}
+    """
+    meanings: dict[str, set[str]] = {}
+    for name, meaning in names:
+        meanings.setdefault(name, set()).add(meaning)
+    return {name: meant.pop() for name, meant in meanings.items() if len(meant) == 1}
+
+
 def document_ids(files: Sequence[Path], root: Path) -> dict[Path, str]:
     """An id per file: its stem where that is unique, else its path below `root` joined by `_`, else that with its
     suffix and, last, with a number in path order.
@@ -86,12 +103,9 @@ def document_ids(files: Sequence[Path], root: Path) -> dict[Path, str]:
     ['a_x', 'b_x_pdf', 'b_x_png', 'y']
     """
 
-    def own(file: Path) -> str:
-        return document_stem(file.name or Path(os.path.abspath(file)).name)
-
     def below(file: Path) -> str:
         folders = file.relative_to(root).parts[:-1] if file != root else ()
-        return "_".join([*(_safe(folder) for folder in folders), own(file)])
+        return "_".join([*(_safe(folder) for folder in folders), own_id(file)])
 
     def below_with_suffix(file: Path) -> str:
         return f"{below(file)}_{file.suffix[1:]}"
@@ -99,7 +113,7 @@ def document_ids(files: Sequence[Path], root: Path) -> dict[Path, str]:
     ids: dict[Path, str] = {}
     taken: set[str] = set()
     left = list(files)
-    for rule in (own, below, below_with_suffix):
+    for rule in (own_id, below, below_with_suffix):
         names = Counter(rule(file) for file in left)
         ids |= {file: rule(file) for file in left if names[rule(file)] == 1 and rule(file) not in taken}
         taken |= set(ids.values())

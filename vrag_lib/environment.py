@@ -140,18 +140,16 @@ class Environment:
             return self._invalid(parsed.reason)
         if parsed.kind is ActionKind.ANSWER:
             return self._stop(StopReason.ANSWER, action=parsed)
-        if is_last:
-            return self._stop(StopReason.MAX_TURNS, action=parsed)
+        if parsed.kind not in self._allowed:
+            return self._invalid(InvalidReason.NOT_ALLOWED)
         if parsed.kind is ActionKind.SEARCH:
-            return self._search(parsed, hits)
-        return self._crop(parsed)
+            return self._stop(StopReason.MAX_TURNS, action=parsed) if is_last else self._search(parsed, hits)
+        return self._crop(parsed, is_last)
 
     def _is_last_reply(self) -> bool:
         return self._replies + 1 >= self.config.max_turns
 
     def _search(self, action: Action, hits: Sequence[Hit] | None) -> Observation:
-        if not self.config.allow_search:
-            return self._invalid(InvalidReason.NOT_ALLOWED)
         if hits is None:
             try:
                 hits = self.retriever.search([action.argument], self.config.search_depth)[0]
@@ -163,9 +161,8 @@ class Environment:
             return self._observe(NO_NEW_PAGE, action=action)
         return self._show([self._whole_page(hit.page_id)], action=action)
 
-    def _crop(self, action: Action) -> Observation:
-        if not self.config.allow_crop:
-            return self._invalid(InvalidReason.NOT_ALLOWED)
+    def _crop(self, action: Action, is_last: bool) -> Observation:
+        """A last reply is judged as any other, but shows nothing more."""
         if self._last is None:
             return self._invalid(InvalidReason.NO_IMAGE)
         try:
@@ -174,6 +171,8 @@ class Environment:
             )
         except BoxError as error:
             return self._invalid(InvalidReason(error.reason))
+        if is_last:
+            return self._stop(StopReason.MAX_TURNS, action=action)
         self._streak = 0
         return self._show([ImageRef(self._last.page_id, view)], action=action)
 

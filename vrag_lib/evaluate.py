@@ -14,7 +14,6 @@ averaged first; a judge that gives no verdict is neither right nor wrong, and co
 from __future__ import annotations
 
 import json
-import logging
 import math
 import re
 from collections import Counter
@@ -27,11 +26,12 @@ import numpy as np
 
 from vrag_lib.actions import ActionKind, InvalidReason
 from vrag_lib.answer_metrics import METRICS, is_answerable, is_refusal
-from vrag_lib.config import EnvironmentConfig, provenance
+from vrag_lib.config import EnvironmentConfig
 from vrag_lib.corpus import Corpus, Question
 from vrag_lib.geometry import iou
-from vrag_lib.judge import Judge, rule_judge
+from vrag_lib.judge import Judge, rule_judge, verdicts
 from vrag_lib.policy import Policy
+from vrag_lib.provenance import provenance
 from vrag_lib.rendering import read_json, write_atomically
 from vrag_lib.retrieval import Retriever
 from vrag_lib.rewards import ndcg, pattern_reward
@@ -41,8 +41,6 @@ from vrag_lib.trajectory import Trajectory, clean_text, read_trajectories, write
 
 if TYPE_CHECKING:
     import pandas as pd
-
-logger = logging.getLogger(__name__)
 
 DEFAULT_METRICS = ("exact", "f1", "anls")
 
@@ -63,12 +61,12 @@ def evaluate_trajectories(
 
     Columns: the question (`uid`, `dataset`, `query`, `reference_answer`, `source_type`, `query_type`, `template`,
     `answerable`, `gold_pages`); the trajectory (`id`, `run_id`, `seed`, `policy`, `answer`, `stop_reason`, `error`);
-    `answered`, and `failed`, its opposite; `judge` (1, 0, or NaN without a verdict) and `judge_gated` (0 unless a
-    search and an answer happened); each of `metrics`; `refused`; `ndcg` and `gold_recall` of the pages shown, and
-    `gold_page_seen` (any), all NaN for a question without gold pages; `pages` and `noise_pages` shown; `searches`,
-    `crops`, `replies`, `invalid` and `invalid_<reason>`, counted; `crop_iou`, the best IoU of any crop with a gold
-    region, in raw page pixels, NaN without a crop or a known region; `tokens_sampled` (NaN for a policy without tokens)
-    and `seconds_generate`, `seconds_retrieve`.
+    `answered`, and `failed`, its opposite; `judge` (1, 0, or NaN without a verdict), `judge_score` (of a judge that
+    keeps `scores`, as ViDoRAG's) and `judge_gated` (0 unless a search and an answer happened); each of `metrics`;
+    `refused`; `ndcg` and `gold_recall` of the pages shown, and `gold_page_seen` (any), all NaN for a question without
+    gold pages; `pages` and `noise_pages` shown; `searches`, `crops`, `replies`, `invalid` and `invalid_<reason>`,
+    counted; `crop_iou`, the best IoU of any crop with a gold region, in raw page pixels, NaN without a crop or a known
+    region; `tokens_sampled` (NaN for a policy without tokens) and `seconds_generate`, `seconds_retrieve`.
 
     Raises ValueError for no trajectories, an unknown metric, a trajectory whose question is missing, or a uid used
     twice.
@@ -92,6 +90,9 @@ def evaluate_trajectories(
     rows = []
     for trajectory, question, verdict in zip(trajectories, asked, verdicts, strict=True):
         judged = {"judge": verdict, "judge_gated": verdict * pattern_reward(trajectory)}
+        if hasattr(judge, "scores"):
+            item = (question.query, question.reference_answer, trajectory.answer)
+            judged["judge_score"] = judge.scores.get(item, math.nan)
         scores = {name: METRICS[name](question, trajectory.answer) for name in metrics}
         rows.append(_identity(trajectory, question) | judged | scores | _behaviour(trajectory, question))
     return pd.DataFrame(rows)
@@ -104,24 +105,9 @@ def _verdicts(judge: Judge, trajectories: Sequence[Trajectory], asked: Sequence[
         for i, (trajectory, question) in enumerate(zip(trajectories, asked, strict=True))
         if trajectory.answer is not None
     }
-    different = list(dict.fromkeys(items.values()))
-    if hasattr(judge, "many"):
-        found = dict(zip(different, judge.many(different), strict=True))
-    else:
-        found = {item: _ask_judge(judge, item) for item in different}
-    given = [found[items[i]] if i in items else False for i in range(len(trajectories))]
-    without = sum(verdict is None for verdict in given)
-    if without:
-        logger.warning("the judge gave no verdict on %d of %d answers", without, len(items))
+    found = dict(zip(items, verdicts(judge, list(items.values())), strict=True))
+    given = [found.get(i, False) for i in range(len(trajectories))]
     return [math.nan if verdict is None else float(verdict) for verdict in given]
-
-
-def _ask_judge(judge: Judge, item: tuple[str, str, str]) -> bool | None:
-    try:
-        return judge(*item)
-    except Exception as error:  # a model judge may fail in any way; that must cost this verdict only
-        logger.warning("no verdict on %r: %s", item[2][:80], error)
-        return None
 
 
 def _identity(trajectory: Trajectory, question: Question) -> dict[str, Any]:
@@ -199,9 +185,10 @@ def summarise(frame: pd.DataFrame, by: str | Sequence[str] = (), samples: int = 
     The trajectories of a question are one cluster: they are averaged first, and questions are resampled. Columns: `by`;
     `n` questions, `trajectories`, `failed` of them, and `unjudged`; then, each with `_low` and `_high`, `accuracy`
     (judge), `accuracy_gated`, every answer metric, `finish_rate` (share answered), `invalid_rate` (invalid replies of
-    all replies), `ndcg`, `gold_recall`, `crop_iou`, `turns` (replies), and `mmlongbench_f1` where that metric is; then
-    plain means of what else was counted. Questions without a value (no gold page, no crop) are left out of that mean;
-    `crop_iou_n` says how many have one. NaN where none has.
+    all replies), `ndcg`, `gold_recall`, `crop_iou`, `turns` (replies), and `mmlongbench_f1` where that metric is (NaN
+    unless questions without an answer were asked, too, which it is about); then plain means of what else was counted.
+    Questions without a value (no gold page, no crop) are left out of that mean; `crop_iou_n` says how many have one.
+    NaN where none has.
 
     Raises ValueError when the frame is empty.
     """
@@ -240,7 +227,9 @@ def _intervals(group: pd.DataFrame, samples: int, seed: int) -> dict[str, Interv
     found = {name: _mean_interval(means[column], samples, seed) for name, column in columns.items()}
     counted = _per_question(group, ("invalid", "replies"))
     found["invalid_rate"] = ratio_interval(counted["invalid"], counted["replies"], samples=samples, seed=seed)
-    if "mmlongbench" in group:
+    if "mmlongbench" in group and group["answerable"].all():
+        found["mmlongbench_f1"] = Interval(math.nan, math.nan, math.nan)
+    elif "mmlongbench" in group:
         # F1 = 2PR / (P + R) = 2S / (answered + answerable), see answer_metrics.mmlongbench_result
         parts = group.assign(
             twice=2 * group["mmlongbench"] * group["answerable"], size=group["answerable"] + 1.0 - group["refused"]
@@ -324,7 +313,7 @@ def run(
     batch_size: int = 8,
     workers: int = 1,
     max_sampled_tokens: int | None = None,
-    retry_errors: bool = False,
+    retry_errors: bool = True,
     judge: Judge = rule_judge,
     metrics: Sequence[str] = DEFAULT_METRICS,
     preset: str = "",
@@ -335,9 +324,11 @@ def run(
 
     Trajectories are kept in `samples/` as they end (`synthesis.sample`): after a kill the same call makes what is
     missing and nothing twice, and with another judge or other metrics it only scores again. `retry_errors` makes those
-    again whose policy or search failed. `settings`: what else the trajectories depend on, such as a checkpoint.
+    again that failed but not by the model's doing, see `sample`. `settings`: what else the trajectories depend on, such
+    as a checkpoint.
 
-    Raises SynthesisError when the folder holds trajectories of other settings, ValueError as `evaluate_trajectories`.
+    Raises SynthesisError when the folder holds trajectories of other settings, SamplingError when all of a seed failed
+    (nothing is scored then, the samples are kept), ValueError as `evaluate_trajectories`.
     """
     folder = Path(folder)
     if not seeds or len(set(seeds)) != len(seeds):

@@ -7,7 +7,7 @@ evaluate_datasets({"slidevqa": None, "vidoseek": None}, load_config("gpu_7b"))  
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vrag_lib.agents import Agent, agent_environment, find_agent, questions_for
-from vrag_lib.answer_metrics import OFFICIAL_METRICS
+from vrag_lib.answer_metrics import OFFICIAL_METRICS, is_answerable
 from vrag_lib.config import Config, save_config
 from vrag_lib.corpus import Corpus, Question
-from vrag_lib.corpus_formats import answerable, load_dataset
+from vrag_lib.corpus_formats import answerable, load_dataset, with_prefix
 from vrag_lib.dataset_hub import HUB_DATASETS, fetch_dataset
 from vrag_lib.document_files import CorpusError, document_stem
 from vrag_lib.evaluate import DEFAULT_METRICS, run
@@ -45,8 +45,10 @@ def open_datasets(
 ) -> tuple[Corpus, tuple[Question, ...]]:
     """One merged corpus of the named datasets, as the paper evaluates, and all their questions, `dataset` in `extra`.
 
-    datasets: name (one of DATASETS) to local folder; without one `minidocs` is drawn on the spot, its `split`, and a
-    public benchmark is fetched (`dataset_hub`). With several datasets their names go before the uids.
+    datasets: name (one of DATASETS) to local folder; without one `minidocs` is drawn on the spot, and a public
+    benchmark is fetched (`dataset_hub`). With several datasets their names go before the uids,
+    and before document ids where two datasets call different documents alike.
+    split: of `minidocs`, and of a local `slidevqa`; other datasets have one set of questions.
     partial: leave out the questions on documents that the folder lacks, instead of refusing it.
 
     Raises ValueError for an unknown name or a missing folder, CorpusError for documents that are missing and as
@@ -57,6 +59,15 @@ def open_datasets(
     for name, path in datasets.items():
         corpus, found = _open_dataset(name, path, config, split, answerable_only)
         found = _with_documents(name, found, corpus, partial)
+        if alike := _called_alike(corpus, corpora):
+            logger.warning(
+                "%d documents of %s are called as others of another dataset, for example %s; they get %s- in front",
+                len(alike),
+                name,
+                alike[0],
+                name,
+            )
+            corpus, found = with_prefix(f"{name}-", corpus, found)
         corpora.append(corpus)
         start = f"{name}:" if len(datasets) > 1 else ""
         questions += [replace(q, uid=start + q.uid, extra={**q.extra, "dataset": name}) for q in found]
@@ -68,6 +79,12 @@ def open_datasets(
 
         corpus = ocr_pages(corpus, workers=config.corpus.workers, pages=config.corpus.ocr)
     return corpus, tuple(questions)
+
+
+def _called_alike(corpus: Corpus, others: Sequence[Corpus]) -> list[str]:
+    """Ids of documents that stand for another content in one of the other corpora."""
+    contents = {document.id: document.sha256 for other in others for document in other.documents}
+    return [d.id for d in corpus.documents if contents.get(d.id, d.sha256) != d.sha256]
 
 
 def _open_dataset(
@@ -82,7 +99,11 @@ def _open_dataset(
         if Path(path).is_file():
             raise ValueError(f"{path} is a file; dataset {name!r} needs the folder that holds documents and questions")
         options = {"dpi": config.corpus.dpi, "workers": config.corpus.workers}
-        return load_dataset(form, path, answerable_only=answerable_only, **options)
+        own = name == "unified"  # asked whether pages are known or not
+        corpus, questions = load_dataset(
+            form, path, answerable_only=answerable_only and not own, split=split, **options
+        )
+        return corpus, tuple(filter(is_answerable, questions)) if own and answerable_only else questions
     if name != "minidocs":
         raise ValueError(f"dataset {name!r} needs the folder that holds its documents and questions")
     from vrag_lib.minidocs import MiniDocs
@@ -97,6 +118,7 @@ def _with_documents(name: str, questions: tuple[Question, ...], corpus: Corpus, 
     the benchmark counts them, and was named by the corpus."""
     there = {document.id for document in corpus.documents}
     there |= {document_stem(problem.path) for problem in corpus.problems}
+    there.add("")  # a question that names no document needs none of them
     missing = sorted({q.file_name for q in questions if document_stem(q.file_name) not in there})
     if not missing:
         return questions
@@ -106,9 +128,17 @@ def _with_documents(name: str, questions: tuple[Question, ...], corpus: Corpus, 
         f"{len(questions) - len(kept)} of {len(questions)} questions are about them"
     )
     if not partial:
-        raise CorpusError(f"{what}. Add the documents to the folder, or leave these questions out with --partial")
+        raise CorpusError(
+            f"{what}. Add the documents to the folder, or leave these questions out, of their file or, in `vrag "
+            "evaluate`, with --partial"
+        )
     logger.warning("left out: %s", what)
     return kept
+
+
+def evaluation_folder(datasets: Iterable[str], config: Config, agent: str = "vrag_rl") -> Path:
+    """Where the results go: `results/<preset>/evaluate_<names>`, for another agent than `vrag_rl` with its name."""
+    return config.folder("_".join(["evaluate", *datasets, *([] if agent == "vrag_rl" else [agent])]))
 
 
 def evaluate_datasets(
@@ -126,11 +156,11 @@ def evaluate_datasets(
     seeds: Sequence[int] | None = None,
     judge: Judge = rule_judge,
     metrics: Sequence[str] = (),
-    retry_errors: bool = False,
+    retry_errors: bool = True,
 ) -> pd.DataFrame:
     """What `vrag evaluate` does: open, index, `run`, with the datasets' official metrics beside the default ones.
 
-    folder: default `results/<preset>/evaluate_<names>`, for another agent than `vrag_rl` with its name at the end.
+    folder: default `evaluation_folder`.
     agent: what the policy may do and is shown, one of `agents.AGENTS` by name or your own.
     policy, retriever: default what the config names.
     limit: ask only so many questions, evenly spread over the set; the corpus stays whole.
@@ -148,10 +178,9 @@ def evaluate_datasets(
         chosen = np.linspace(0, len(questions) - 1, min(limit, len(questions))).round().astype(int)
         questions = tuple(questions[i] for i in chosen)
     official = [name for dataset in datasets for name in OFFICIAL_METRICS[dataset]]
-    stage = "_".join(["evaluate", *datasets, *([] if agent.name == "vrag_rl" else [agent.name])])
-    folder = Path(folder or config.folder(stage))
+    folder = Path(folder or evaluation_folder(datasets, config, agent.name))
     named = asdict(config.policy)
-    depends = {key: named[key] for key in named if key not in ("batch_size", "device", "api_key_env")}
+    depends = {key: named[key] for key in named if key not in ("batch_size", "device", "api_key_env", "base_url")}
     frame = run(
         policy or make_policy(corpus, config),
         questions,

@@ -26,14 +26,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from vrag_lib.config import provenance
+from vrag_lib.config import Config
 from vrag_lib.corpus import Corpus, Page, Question
-from vrag_lib.corpus_formats import check_gold, load_dataset, load_questions
+from vrag_lib.corpus_formats import check_gold, load_dataset, load_questions, question_files
 from vrag_lib.document_files import CorpusError
 from vrag_lib.hybrid import GMMRetriever, HybridRetriever, RRFRetriever, ScoreFusionRetriever
 from vrag_lib.ocr import ocr_pages, read_page
 from vrag_lib.plots import interval_bars, save_figure
-from vrag_lib.rendering import write_atomically
+from vrag_lib.provenance import provenance
+from vrag_lib.rendering import read_json, write_atomically
 from vrag_lib.retrieval import Hit, Retriever
 from vrag_lib.stats import bootstrap_mean, paired_difference
 from vrag_lib.text_models import MODELS
@@ -56,6 +57,8 @@ METRICS = {
     "Hit@10": "Success@10",
 }
 """Columns of the tables and what ir-measures calls them."""
+
+_FORMATS = ("mmlongbench_doc", "slidevqa", "vidoseek", "unified")
 
 DEPTH = 20
 """Pages asked for: ViDoRAG's dynamic k selects among as many (2 x topk); the metrics look at 10 at most."""
@@ -203,6 +206,15 @@ METHODS: dict[str, Callable[[Parts], Retriever]] = {
 """The rows, in order; the first is the reference. From `BM25, layer and OCR` to `Default` all read the same text."""
 
 
+def default_folder(config: Config, dataset: str | Path) -> Path:
+    """Where the results on a dataset, a name or a folder, go unless said otherwise: each has its own.
+
+    >>> default_folder(Config(), "downloads/my set").as_posix()
+    'results/laptop/retrieval_my_set'
+    """
+    return config.folder("retrieval_" + re.sub(r"[^\w.-]+", "_", Path(dataset).resolve().name))
+
+
 def run_eval_retrieval(
     dataset_path: str | Path,
     out_dir: str | Path,
@@ -218,10 +230,14 @@ def run_eval_retrieval(
     the same corpus and questions, is read and not run again; delete the file to measure changed code. OCR is cached
     as always; its seconds per page are measured on `ocr_sample` pages of each kind in an empty cache.
 
-    Raises CorpusError when the folder holds no benchmark or none of its documents can be read.
+    Raises CorpusError when the folder holds no benchmark, several question files, or no document that can be read, and
+    when `out_dir` holds results on other documents.
     """
     out = Path(out_dir)
     corpus, questions = _open_benchmark(Path(dataset_path), workers)
+    before = (read_json(out / "config.json") or {}).get("settings", {}).get("corpus_fingerprint")
+    if before not in (None, corpus.fingerprint):
+        raise CorpusError(f"{out} holds results on other documents; give another folder (--out), or remove it")
     texts = {
         "layer": corpus,
         "ocr": ocr_pages(corpus, workers=workers, pages="no_text"),
@@ -249,9 +265,15 @@ def run_eval_retrieval(
 
 
 def _open_benchmark(path: Path, workers: int) -> tuple[Corpus, tuple[Question, ...]]:
-    """Corpus and answerable questions of whichever benchmark format the folder holds."""
+    """Corpus and answerable questions of whichever benchmark format the folder holds. Several question files are
+    refused, unless they ask the same, as in a fetched benchmark that keeps the original beside the unified format."""
+    files = question_files(path)
+    if len(files) > 1 and len({_asked(load_questions(file)) for file in files}) > 1:
+        named = ", ".join(file.relative_to(path).as_posix() for file in files)
+        raise CorpusError(f"{path} holds several question files: {named}; leave the one to measure, and its documents")
+    used = {form for forms in files.values() for form in forms}
     reasons = []
-    for name in ("mmlongbench_doc", "slidevqa", "unified"):
+    for name in sorted(_FORMATS, key=lambda form: (form not in used, not (path / f"{form}_pdf_document").is_dir())):
         try:
             load_questions(path, name)
         except CorpusError as error:
@@ -262,6 +284,10 @@ def _open_benchmark(path: Path, workers: int) -> tuple[Corpus, tuple[Question, .
                 raise CorpusError(f"{path} holds no answerable question with reference pages")
             return corpus, questions
     raise CorpusError(f"{path} is no benchmark that can be read ({'; '.join(reasons)})")
+
+
+def _asked(questions: Sequence[Question]) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    return tuple((question.query, question.gold_page_ids) for question in questions)
 
 
 def _fingerprint(texts: Mapping[str, Corpus], questions: Sequence[Question]) -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import threading
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -96,6 +97,7 @@ class MultiExpertPolicy:
         self.planner, self.grounder = planner, grounder
         self.counts: Counter[str] = Counter()
         self.relocations: list[Relocation] = []
+        self._lock = threading.Lock()
 
     def generate(self, conversations: Sequence[Conversation], *, seeds: Sequence[int] | None = None) -> list[Reply]:
         """One reply per conversation; the boxes of all of them are located in one call."""
@@ -121,7 +123,7 @@ class MultiExpertPolicy:
             return None
         images = [image for turn in conversation for image in turn.images]
         if not images:
-            self.counts["no_image"] += 1
+            self._count("no_image")
             return None
         return Pointing(read_question(conversation[0].text), thought_of(reply.text), images[-1], action.box)
 
@@ -129,16 +131,21 @@ class MultiExpertPolicy:
         box = None if located.box is None else box_on_image(located.box, pointing.image.view.shown)
         error = located.error
         if box is not None:
-            self.counts["relocated"] += 1
+            self._count("relocated")
             reply = dataclasses.replace(reply, text=replace_box(reply.text, box))
         elif located.box is not None:
-            self.counts["kept_box_invalid"] += 1
-            error = f"{located.box} is not on the image"
+            self._count("kept_box_invalid")
+            error = f"bad_box: {located.box} is not on the image"
         else:
-            self.counts["kept_box_failed"] += 1
+            self._count("kept_box_failed")
         asked = (pointing.question, pointing.thought, pointing.image, pointing.proposed)
         self.relocations.append(Relocation(*asked, box, None if box is not None else error or "no box, no reason"))
         return reply
+
+    def _count(self, what: str) -> None:
+        """From whichever thread."""
+        with self._lock:
+            self.counts[what] += 1
 
 
 class NextReplyPolicy:
@@ -155,6 +162,7 @@ class NextReplyPolicy:
         self.planner, self.second = planner, second
         self._instruction = instruction
         self.counts: Counter[str] = Counter()
+        self._lock = threading.Lock()
 
     def generate(self, conversations: Sequence[Conversation], *, seeds: Sequence[int] | None = None) -> list[Reply]:
         """One reply per conversation, each from the expert whose turn it is."""
@@ -167,7 +175,8 @@ class NextReplyPolicy:
             asked = [self._instructed(conversations[i]) if is_second else conversations[i] for i in mine]
             written = expert.generate(asked, seeds=None if seeds is None else [seeds[i] for i in mine])
             replies.update(zip(mine, map(_without_tokens, written), strict=True))
-            self.counts["second" if is_second else "planner"] += len(mine)
+            with self._lock:
+                self.counts["second" if is_second else "planner"] += len(mine)
         return [replies[i] for i in range(len(conversations))]
 
     def _instructed(self, conversation: Conversation) -> Conversation:

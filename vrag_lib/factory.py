@@ -10,14 +10,19 @@ from typing import TYPE_CHECKING
 from vrag_lib.config import Config, ConfigError, cache_dir
 from vrag_lib.corpus import Corpus
 from vrag_lib.policy import Policy
+from vrag_lib.policy_chat import CheckpointError
 from vrag_lib.retrieval import Retriever
 from vrag_lib.scale_policy import AGENT, COLD_START, MAX_PIXELS, WEIGHTS
+from vrag_lib.torch_setup import ensure_torchvision
 
 if TYPE_CHECKING:
     from vrag_lib.grpo import Sampler
 
 RETRIEVERS = ("text", "bm25", "dense", "visual", "remote")
 POLICIES = ("extractive", "transformers", "openai")
+
+SCALE_RETRIEVER = WEIGHTS.with_name("scale_retriever_colqwen2")
+"""Where the laptop's trained ColQwen2 lies in the repository."""
 
 
 def open_corpus(path: str | Path, config: Config) -> Corpus:
@@ -57,7 +62,7 @@ def make_retriever(corpus: Corpus, config: Config) -> Retriever:
     if settings.kind == "visual":
         from vrag_lib.visual_retrieval import VisualRetriever
 
-        model = settings.model or laptop_colqwen2()
+        model = settings.model or laptop_colqwen2(allow_random=config.smoke)
         return VisualRetriever.build(
             corpus, model, engine=settings.engine, device=settings.device, dtype=settings.dtype
         )
@@ -70,12 +75,19 @@ def make_retriever(corpus: Corpus, config: Config) -> Retriever:
     raise ConfigError(f"retrieval.kind is one of {', '.join(RETRIEVERS)}, not {settings.kind!r}")
 
 
-def laptop_colqwen2() -> Path:
-    """The ColQwen2 that the laptop preset uses: the scale retriever that the repository ships; where there is none, a
-    tiny one with random weights, built on the spot, which shows that everything runs but finds nothing."""
-    shipped = Path(__file__).resolve().parent.parent / "data" / "scale_retriever_colqwen2"
-    if (shipped / "config.json").is_file():
-        return shipped
+def laptop_colqwen2(allow_random: bool = False) -> Path:
+    """The ColQwen2 that the laptop preset uses: the scale retriever that the repository ships. Where there is none,
+    `allow_random` gives a tiny one with random weights, which shows that everything runs but finds nothing.
+
+    Raises ConfigError where there is none, as when only the package was installed.
+    """
+    if (SCALE_RETRIEVER / "config.json").is_file():
+        return SCALE_RETRIEVER
+    if not allow_random:
+        raise ConfigError(
+            f"the laptop's visual retriever comes with the repository and is not at {SCALE_RETRIEVER}: run in a clone "
+            "of it (pip install --editable), or name another with retrieval.model="
+        )
     from vrag_lib.scale_model import build_tiny_colqwen2
 
     return build_tiny_colqwen2(cache_dir() / "models" / "tiny-colqwen2")
@@ -102,6 +114,7 @@ def make_policy(corpus: Corpus, config: Config) -> Policy:
     Raises ConfigError for an unknown kind or engine, or one whose model, endpoint or package is missing.
     """
     settings = config.policy
+    settings.validate()
     config.rollout.validate()
     limits = {
         "temperature": settings.temperature,
@@ -134,6 +147,23 @@ def make_policy(corpus: Corpus, config: Config) -> Policy:
             raise ConfigError("policy.kind=openai needs policy.base_url= (…/v1) and policy.model=")
         return OpenAIPolicy(corpus, settings.base_url, settings.model, api_key_env=settings.api_key_env, **limits)
     raise ConfigError(f"policy.kind is one of {', '.join(POLICIES)}, not {settings.kind!r}")
+
+
+def image_pixels(model: str | Path) -> tuple[int, int] | None:
+    """Least and largest area, in pixels, that the image processor of a checkpoint (folder or hub id) gives an image;
+    None where it names none. A model that reads only what it was trained on says so there.
+
+    Raises CheckpointError when there is no such processor.
+    """
+    ensure_torchvision()
+    from transformers import AutoImageProcessor
+
+    try:
+        processor = AutoImageProcessor.from_pretrained(model, local_files_only=Path(model).is_dir())
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{model} cannot be loaded as a Qwen2-VL-type checkpoint: {error}") from error
+    least, most = (processor.size.get(name) for name in ("shortest_edge", "longest_edge"))
+    return (least, most) if least and most else None
 
 
 def make_sampler(checkpoint: str | Path, corpus: Corpus, config: Config) -> Sampler | None:

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from vrag_lib.policy_transformers import TransformersPolicy
 
 Reward = Callable[[Trajectory], Trajectory]
-"""Returns the trajectory with its named rewards, each (score, weight)."""
+"""Returns the trajectory with its named rewards, each (score, weight), NaN for one that is unknown. One with `many`, as
+`rewards.Scorer`, gets all trajectories of a rollout at once."""
 
 Credit = Callable[[Trajectory], Mapping[str, Sequence[float]]]
 """For some rewards of a trajectory, a weight for each of its turns: which turns the reward is credited to."""
@@ -78,11 +79,16 @@ def step_advantages(
         return group_relative(rewards, config.group_size, std=config.advantage_std)
 
     if credit is None:
-        terms = {"outcome": estimate([t.total_reward for t in trajectories])}
+        terms = {"outcome": estimate(group_rewards(trajectories))}
         scopes: list[Mapping[str, Sequence[float]]] = [{} for _ in trajectories]
     else:
         names = dict.fromkeys(name for t in trajectories for name in t.rewards)
-        terms = {name: estimate([_weighted(t, name) for t in trajectories]) for name in names}
+        # Dividing by the deviation of one reward takes its weight away, which is put back.
+        is_scaled = config.advantage == "group" and config.advantage_std
+        weights = {name: max(abs(t.rewards.get(name, (0, 0))[1]) for t in trajectories) for name in names}
+        terms = {
+            name: estimate(group_rewards(trajectories, name)) * (weights[name] if is_scaled else 1.0) for name in names
+        }
         scopes = [credit(t) for t in trajectories]
 
     def of(i: int) -> Callable[[Sequence[int]], np.ndarray]:
@@ -102,7 +108,16 @@ def step_advantages(
 
 def _weighted(trajectory: Trajectory, name: str) -> float:
     score, weight = trajectory.rewards.get(name, (0.0, 0.0))
-    return score * weight
+    return score * weight if weight else 0.0
+
+
+def group_rewards(trajectories: Sequence[Trajectory], name: str = "") -> list[float]:
+    """Total rewards, or of each the named one times its weight, as they are compared within groups: NaN where an error
+    of the world around the policy cut a trajectory short, which would make its neighbours look better than they are."""
+    return [
+        math.nan if t.stop_reason is StopReason.ERROR else _weighted(t, name) if name else t.total_reward
+        for t in trajectories
+    ]
 
 
 def is_broken(trajectory: Trajectory) -> bool:
@@ -122,8 +137,8 @@ def rollout_metrics(trajectories: Sequence[Trajectory], group_size: int) -> dict
     terms = {name: [t.rewards[name][0] for t in trajectories if name in t.rewards] for name in names}
     return {
         "reward": float(np.nanmean(rewards)),
-        "reward_deviation": group_deviation(rewards, group_size),
-        "groups_without_signal": float((~has_signal(rewards, group_size)).sum()),
+        "reward_deviation": group_deviation(group_rewards(trajectories), group_size),
+        "groups_without_signal": float((~has_signal(group_rewards(trajectories), group_size)).sum()),
         "rewards_unknown": float(np.isnan(rewards).sum()),
         **{f"reward_{name}": float(np.nanmean(values)) for name, values in terms.items()},
         "turns": len(replies) / n,
@@ -168,7 +183,7 @@ def train_grpo(
     """
     from vrag_lib.grpo_trainer import AgentGRPOTrainer
     from vrag_lib.policy_transformers import TransformersPolicy
-    from vrag_lib.rewards import score
+    from vrag_lib.rewards import Scorer
 
     config.validate(process_count())
     if not questions:
@@ -191,7 +206,7 @@ def train_grpo(
         config,
         folder,
         environment=environment or EnvironmentConfig(),
-        reward=reward or score,
+        reward=reward or Scorer(),
         credit=credit,
         sampler=sampler,
         seed=seed,

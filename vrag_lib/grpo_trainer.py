@@ -33,6 +33,7 @@ from vrag_lib.grpo import (
     GRPOConfig,
     Reward,
     Sampler,
+    group_rewards,
     is_broken,
     question_order,
     rollout_metrics,
@@ -55,6 +56,7 @@ import torch  # noqa: E402
 import trl  # noqa: E402
 from accelerate.utils import gather_object  # noqa: E402
 from datasets import Dataset  # noqa: E402
+from torch.autograd.graph import increment_version  # noqa: E402
 from trl.trainer.utils import use_adapter  # noqa: E402
 
 
@@ -165,12 +167,15 @@ class AgentGRPOTrainer(RunFolder, trl.GRPOTrainer):
     def _collect(self, question_indices: list[int]) -> list[list[Item]]:
         """Rollout, rewards, advantages and fixed log-probs of this process's rows, cut into micro-batches."""
         step = self.state.global_step // (self.config.updates_per_step * self.config.iterations)
-        with whole_weights(self.model, self.ref_model):
+        if self.is_deepspeed_enabled:  # its optimizer changes weights unseen: what was made with the last ones is void
+            increment_version(list(self.model.parameters()))
+        with whole_weights(self.model):
             own, everyone = self._sample(question_indices, step)
-            items, reasons = self._items(own, everyone)
-            start = time.perf_counter()
-            self._fix_logprobs(items)
-            self._row["seconds_logprobs"] = time.perf_counter() - start
+        self.agent.context_cache.clear()  # its memory is the update's
+        items, reasons = self._items(own, everyone)
+        start = time.perf_counter()
+        self._fix_logprobs(items)
+        self._row["seconds_logprobs"] = time.perf_counter() - start
         self._row |= {"rollout": step + 1, **rollout_metrics(everyone, self.config.group_size)}
         self._row |= {f"untrained_{name}": float(count) for name, count in reasons.items()}
         if self.is_world_process_zero():
@@ -186,7 +191,7 @@ class AgentGRPOTrainer(RunFolder, trl.GRPOTrainer):
         trajectories = self._roll(chosen, list(range(first, first + len(chosen))), step, attempt=0)
         everyone = gather_object(trajectories)
         for attempt in range(1, self.config.resample_rounds + 1):
-            dull = ~has_signal([t.total_reward for t in everyone], self.config.group_size)
+            dull = ~has_signal(group_rewards(everyone), self.config.group_size)
             if not dull.any():
                 break
             order = np.random.default_rng([self.args.seed, step, attempt]).integers(len(self.questions), size=len(dull))
@@ -220,7 +225,8 @@ class AgentGRPOTrainer(RunFolder, trl.GRPOTrainer):
         for phase in ("generate", "retrieve"):
             self._sums[f"seconds_{phase}"] += sum(t.timings[phase] for t in trajectories)
         start = time.perf_counter()
-        rewarded = [self.reward(trajectory) for trajectory in trajectories]
+        many = getattr(self.reward, "many", None)  # a model judge answers many questions at once
+        rewarded = many(trajectories) if many else [self.reward(trajectory) for trajectory in trajectories]
         self._sums["seconds_judge"] += time.perf_counter() - start
         return rewarded
 
@@ -258,16 +264,20 @@ class AgentGRPOTrainer(RunFolder, trl.GRPOTrainer):
         before all of it is used, under the policy that began."""
         off_policy = self.config.updates_per_step * self.config.iterations > 1
         wanted = sorted(filter(self._has_gradient, items), key=lambda item: len(item.example.trained))
-        for batch in batched(wanted, self.args.per_device_train_batch_size):
-            if self.config.old_logprobs == "sampler":
-                for item in batch:
-                    item.old = item.sampled
-            elif off_policy:
-                for item, logprobs in zip(batch, self._logprobs(self.model, batch), strict=True):
-                    item.old = logprobs
-            if self.config.kl_coefficient:
-                for item, logprobs in zip(batch, self._reference_logprobs(batch), strict=True):
-                    item.reference = logprobs
+        batches = batched(wanted, self.args.per_device_train_batch_size)
+        if self.config.old_logprobs == "sampler":
+            for item in wanted:
+                item.old = item.sampled
+        elif off_policy:
+            with whole_weights(self.model):
+                for batch in batches:
+                    for item, logprobs in zip(batch, self._logprobs(self.model, batch), strict=True):
+                        item.old = logprobs
+        if self.config.kl_coefficient:
+            with whole_weights(self.ref_model or self.model):  # of one model at a time: both would be twice the memory
+                for batch in batches:
+                    for item, logprobs in zip(batch, self._reference_logprobs(batch), strict=True):
+                        item.reference = logprobs
 
     def _reference_logprobs(self, items: list[Item]) -> list[torch.Tensor]:
         if self.ref_model is not None:

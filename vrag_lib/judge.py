@@ -7,9 +7,13 @@ so listing every candidate earns nothing.
 
 from __future__ import annotations
 
+import logging
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+logger = logging.getLogger(__name__)
 
 Judge = Callable[[str, str, str], bool]
 """(question, reference answer, given answer) -> right or wrong."""
@@ -17,11 +21,18 @@ Judge = Callable[[str, str, str], bool]
 MAX_ANSWER_CHARS = 400
 """Answers are asked to be short; one above this is wrong whatever it contains."""
 
-_SCALES = {"thousand": 1e3, "k": 1e3, "million": 1e6, "m": 1e6, "billion": 1e9, "bn": 1e9, "trillion": 1e12}
-_NUMBER = re.compile(
-    r"([-+]?)\s*([$€£¥]?)\s*([-+]?)(\d{1,3}(?:,\d{3})+|\d+)(\.\d+)?\s*(%|percent\b|[a-z]+\b)?(?:\s+([a-z ]+))?"
-)
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_SCALES = {"thousand": 1e3, "million": 1e6, "billion": 1e9, "trillion": 1e12}
+_SHORT_SCALES = {"k": 1e3, "m": 1e6, "bn": 1e9}
+"""Only where they touch the number: 5m is five million, 5 m are metres."""
+
+_NUMBER = re.compile(r"([-+]?)\s*([$€£¥]?)\s*([-+]?)(\d{1,3}(?:,\d{3})+|\d+)(\.\d+)?(%?)(?:(\s*)([^\d,;]+))?")
+_UNIT_NAMES = {"percent": "%", "dollar": "$", "usd": "$", "euro": "€", "eur": "€", "pound": "£", "gbp": "£", "yen": "¥"}
+_NO_UNIT = frozenset("a an and the but or not no maybe perhaps possibly probably if unless either neither".split())  # noqa: SIM905
+_MOST_UNIT_WORDS = 4
+_UNIT_WORD = re.compile(r"[%$€£¥°]|°?[^\W\d_]+(?:[./'’-][^\W\d_]+)*\.?")
+_ARTICLES = re.compile(r"(?:\b(?:an|the)|^\s*a)\s+(?=\w)")
+"""In front of a word: those of "Plan A" and "Vitamin A" are none."""
+
 _LIST_SEPARATORS = re.compile(r"\s*(?:;|\n|,(?!\d{3})|\band\b)\s*")
 
 
@@ -38,17 +49,44 @@ def rule_judge(question: str, reference: str, answer: str, tolerance: float = 0.
     True
     >>> rule_judge("which?", "rye, wheat", "Wheat and rye")
     True
-    >>> rule_judge("how many?", "12", "12 or 13")
-    False
+    >>> rule_judge("how many?", "12", "12 or 13"), rule_judge("how far?", "3 km", "3 miles")
+    (False, False)
     """
     if not answer.strip() or len(answer) > MAX_ANSWER_CHARS:
         return False
-    if normalise(answer) == normalise(reference):
+    wanted = normalise(reference)
+    if normalise(answer) == wanted and (wanted or answer.strip() == reference.strip()):
         return True
-    expected, given = parse_number(reference), parse_number(answer)
+    expected, given = _quantity(reference), _quantity(answer)
     if expected is not None:
-        return given is not None and abs(given - expected) <= tolerance * abs(expected) + 1e-9 * abs(expected)
+        return given is not None and _agree(expected, given, tolerance)
     return _as_list(reference) == _as_list(answer) and len(_as_list(reference)) > 1
+
+
+class JudgeError(RuntimeError):
+    """The judge gave no verdict; the message begins with the kind of failure."""
+
+
+def verdicts(judge: Judge, items: Sequence[tuple[str, str, str]]) -> list[bool | None]:
+    """What a judge says of (question, reference answer, given answer), in order, equal ones asked once; None where it
+    failed, which is logged. A judge with `many` gets all of them at once."""
+    different = list(dict.fromkeys(items))
+    if hasattr(judge, "many"):
+        found = dict(zip(different, judge.many(different), strict=True))
+    else:
+        found = {item: _ask(judge, item) for item in different}
+    without = sum(found[item] is None for item in items)
+    if without:
+        logger.warning("the judge gave no verdict on %d of %d answers", without, len(items))
+    return [found[item] for item in items]
+
+
+def _ask(judge: Judge, item: tuple[str, str, str]) -> bool | None:
+    try:
+        return judge(*item)
+    except Exception as error:  # a model judge may fail in any way; that must cost this verdict only
+        logger.warning("no verdict on %r: %s", item[2][:80], error)
+        return None
 
 
 def normalise(text: str) -> str:
@@ -63,6 +101,11 @@ def normalise(text: str) -> str:
     return " ".join(word for word in words if word)
 
 
+class _Quantity(NamedTuple):
+    value: float
+    units: frozenset[str]
+
+
 def parse_number(text: str) -> float | None:
     """The one number a short answer consists of, scale words applied, currency and unit left aside; None if the
     text is anything else, holds several numbers, or is a name with a number in it.
@@ -70,14 +113,35 @@ def parse_number(text: str) -> float | None:
     >>> parse_number("about 5"), parse_number("$1,200.50"), parse_number("-3 %"), parse_number("2.5 billion")
     (None, 1200.5, -3.0, 2500000000.0)
     """
+    quantity = _quantity(text)
+    return None if quantity is None else quantity.value
+
+
+def _quantity(text: str) -> _Quantity | None:
+    """The number and the words of its unit, singular, signs for the units that have one. What follows a number is no
+    unit when it is long or takes something back."""
     text = unicodedata.normalize("NFKC", text).casefold().strip().rstrip(".").replace("−", "-")
-    text = re.sub(r"\s*[$€£¥]$", "", text)
     match = _NUMBER.fullmatch(text)
     if match is None:
         return None
     sign = -1.0 if "-" in (match[1], match[3]) else 1.0
-    value = float(match[4].replace(",", "") + (match[5] or ""))
-    return sign * value * _SCALES.get(match[6] or "", 1.0)
+    value = sign * float(match[4].replace(",", "") + (match[5] or ""))
+    words = re.findall(r"[%$€£¥]|[^\s%$€£¥]+", match[8] or "")
+    if words and words[0] in _SCALES:
+        value *= _SCALES[words.pop(0)]
+    elif words and words[0] in _SHORT_SCALES and not match[7]:
+        value *= _SHORT_SCALES[words.pop(0)]
+    if len(words) > _MOST_UNIT_WORDS or not _NO_UNIT.isdisjoint(words) or not all(map(_UNIT_WORD.fullmatch, words)):
+        return None
+    singular = (word[:-1] if len(word) > 2 and word.endswith("s") else word for word in words)
+    units = {_UNIT_NAMES.get(word, word) for word in singular} | {match[2], match[6]}
+    return _Quantity(value, frozenset(units - {""}))
+
+
+def _agree(expected: _Quantity, given: _Quantity, tolerance: float) -> bool:
+    """Whether two quantities are the same: units count where both name one, and one may name it more fully."""
+    near = abs(given.value - expected.value) <= (tolerance + 1e-9) * abs(expected.value)
+    return near and (expected.units <= given.units or given.units <= expected.units)
 
 
 def _as_list(text: str) -> list[str]:

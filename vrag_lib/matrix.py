@@ -27,11 +27,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vrag_lib.agents import questions_for
-from vrag_lib.config import Config, provenance
+from vrag_lib.claims import claim, depends_on, model_fingerprint
+from vrag_lib.config import Config
 from vrag_lib.evaluate import run
 from vrag_lib.factory import make_policy
 from vrag_lib.matrix_cells import Cell, cell_config, find_cells
-from vrag_lib.matrix_training import MatrixError, Workbench, claim, depends_on, model_fingerprint
+from vrag_lib.matrix_training import MatrixError, Workbench
+from vrag_lib.provenance import provenance
 from vrag_lib.rendering import read_json, write_atomically
 from vrag_lib.trajectory import read_trajectories
 
@@ -76,8 +78,9 @@ def run_matrix(
     the seeds before it, for a part of the matrix on another machine. cold_starts: trainings of SFT that the seeds of RL
     begin with in turn.
 
-    Raises ConfigError for an unknown cell and where there is no policy to start from, ValueError for fewer seeds than
-    one or a first seed that is none of them. What happens inside a cell is caught.
+    Raises ConfigError for an unknown cell, for other documents than MiniDocs and where there is no policy to start
+    from, ValueError for fewer seeds than one or a first seed that is none of them. What happens inside a cell is
+    caught.
     """
     from tqdm import tqdm
 
@@ -122,7 +125,7 @@ def run_cell(bench: Workbench, cell: Cell, seed: int) -> str:
     config = cell_config(cell, bench.config)
     config = replace(config, policy=replace(config.policy, temperature=0.0))
     settings = _settings(bench, cell, config, seed)
-    claim(folder, settings)
+    claim(folder, settings, error=MatrixError)
     if (folder / "cell.json").is_file():
         return "skipped"
     began = time.monotonic()

@@ -10,13 +10,14 @@ a test. The paper compares Search-R1-VL, which had no SFT and no crop, with VRAG
 
 Deviations. The paper's untrained rows are an instruct model that follows a prompt; the scale policy was never taught
 to, so cells without SFT start from it after `format`: SFT on a few right trajectories of each kind of agent
-(`matrix_training.FORMS`). The bounds start after `gold`: SFT on right trajectories of experts given the gold pages or
-regions, for a bound is to be no lower than what perception allows. `gold_pages_crop` is none on the laptop preset: its
-expert is the scripted planner alone, which points badly, and RL teaches better. Cells with SFT start from the policy as
-it comes; `raw` measures that. The paper trains without SFT by other settings (reward `paper_cold_start`, no KL); here
-`search_r1` and `cold_start` keep those of the rest, for the comparison's sake, and `cold_start_paper` has them. Cells
-without crop are fine-tuned on trajectories of experts without crop, on the same questions; `no_crop_same_sft` begins
-with VRAG-RL's own SFT instead.
+(`matrix_training.FORMS`). Agents given the gold pages or regions start after `gold`: SFT on right trajectories of
+experts given the same. `gold_regions` is what perception allows, an upper bound. On the laptop preset `gold_pages` and
+`gold_pages_crop` bound nothing: its policy cannot read whole pages, and the expert of the second is the scripted
+planner alone, which points badly; RL teaches better. Cells with SFT start from the policy as it comes; `raw` measures
+that. The paper trains without SFT by other settings (reward `paper_cold_start`, no KL); here `search_r1` and
+`cold_start` keep those of the rest, for the comparison's sake, and `cold_start_paper` has them. Cells without crop are
+fine-tuned on trajectories of experts without crop, on the same questions; `no_crop_same_sft` begins with VRAG-RL's own
+SFT instead.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ _UNTRAINED = (
     Cell("react", "searches, not trained to", "react"),
     Cell("react_text", "searches in text, not trained to", "react_text"),
     Cell("vrag_prompted", "searches and crops, not trained to", "vrag_rl"),
-    Cell("gold_pages", "the gold pages (upper bound)", "gold_pages", data="gold"),
+    Cell("gold_pages", "the gold pages, whole", "gold_pages", data="gold"),
     Cell("gold_pages_crop", "the gold pages, with crop", "gold_pages_crop", data="gold"),
     Cell("gold_regions", "the gold regions (upper bound)", "gold_regions", data="gold"),
 )
@@ -121,7 +122,7 @@ _COMPARED = (
 )  # fmt: skip
 
 _ABLATIONS = (
-    _variant("retrieval_only", "reward: nDCG alone", "grpo.recipe=retrieval_only"),
+    _variant("retrieval_only", "SFT, RL with the reward of nDCG alone, crop", "grpo.recipe=retrieval_only"),
     _variant("released_code", "reward: the released code's, gated", "grpo.recipe=released_code"),
     _variant("no_gate", "reward: the released code's without its gate", "grpo.recipe=paper_cold_start"),
     _variant(
@@ -132,8 +133,7 @@ _ABLATIONS = (
     _variant("group_2", "groups of 2, as many trajectories", group_size=2),
     _variant("group_10", "groups of 10, as many trajectories", group_size=10),
     _variant("no_kl", "no KL to the reference", "grpo.kl_coefficient=0"),
-    _variant("invalid_penalised", "an invalid reply's tokens get advantage -1, whatever comes of it",
-             "grpo.invalid_advantage=-1"),
+    _variant("invalid_penalised", "SFT, RL that penalises invalid replies, crop", "grpo.invalid_advantage=-1"),
     _variant("padding_8", "crops 8 shown pixels wider on each side", "environment.crop_padding=8"),
     _variant("horizon_3", "3 replies at most", "environment.max_turns=3"),
     _variant("horizon_8", "8 replies at most", "environment.max_turns=8"),

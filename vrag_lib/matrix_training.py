@@ -28,7 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from vrag_lib.agents import agent_environment, find_agent, questions_for
-from vrag_lib.config import Config, ConfigError, read_config, to_dict
+from vrag_lib.claims import claim, compare, depends_on, differences, model_fingerprint
+from vrag_lib.config import Config, ConfigError, read_config
 from vrag_lib.corpus import Question
 from vrag_lib.factory import scale_cold_start, scale_policy
 from vrag_lib.judge import rule_judge
@@ -66,11 +67,6 @@ QUESTIONS_AT_A_TIME = 96
 SEARCH_SAMPLES = 4
 """Samples per question of experts that cannot crop: what is too small to read they guess, so fewer are right."""
 
-_INDIFFERENT = ("rollout_batch_size", "device", "api_key_env", "concurrency", "workers", "results", "save_steps",
-                "keep_checkpoints", "gradient_checkpointing", "micro_batch_size")  # fmt: skip
-"""Settings that change where and how fast something is computed, not what; a run may go on with others. So is the
-policy's `batch_size`, but not that of SFT."""
-
 
 class MatrixError(RuntimeError):
     """A part of the matrix that cannot be made or used; the message says which and what helps."""
@@ -82,6 +78,8 @@ class Workbench:
     def __init__(self, config: Config, format_trajectories: int | None = None, cold_starts: int = 1):
         if cold_starts < 1:
             raise ValueError(f"reinforcement learning needs at least one cold start, not {cold_starts}")
+        if config.synthesis.dataset is not None or config.synthesis.dataset_path is not None:
+            raise ConfigError("the matrix trains and measures on MiniDocs: leave synthesis.dataset and its path out")
         self.config = config
         self.cold_starts = cold_starts
         self.folder = config.folder("matrix")
@@ -108,17 +106,22 @@ class Workbench:
         `format` and `gold` of each of their FORMS."""
         if kind == "crop":
             path = self.config.folder("synthesis") / "trajectories.parquet"
-            if not path.is_file():
+            if not path.is_file() or not (path.parent / "config.json").is_file():
                 synthesize(self.config, self.train)
             made, wanted = depends_on(read_config(path.parent), "synthesis"), depends_on(self.config, "synthesis")
-            _compare(path.parent, made, wanted)
+            compare(path.parent, made, wanted, MatrixError)
             return read_trajectories(path)
         folder = self.folder / "data" / kind
         count = self.format_trajectories if kind == "format" else len(self.trajectories("crop"))
-        claim(folder, {"count": count, "config": depends_on(self.config, "synthesis")})
+        claim(folder, {"count": count, "config": depends_on(self.config, "synthesis")}, error=MatrixError)
         path = folder / "trajectories.parquet"
         if not path.is_file():
-            write_trajectories(self._search() if kind == "search" else self._taking_turns(kind, count), path)
+            made = self._search() if kind == "search" else self._taking_turns(kind, count)
+            if not made:
+                raise MatrixError(
+                    f"experts wrote no right trajectory of the kind {kind!r}; look at the samples in {folder}"
+                )
+            write_trajectories(made, path)
         return read_trajectories(path)
 
     def checkpoint(self, cell: Cell, seed: int) -> str:
@@ -173,7 +176,8 @@ class Workbench:
     def _fine_tuned(self, start: str, cell: Cell, seed: int) -> str:
         settings = self.sft_settings(start, cell, seed)
         shipped = scale_cold_start()
-        if shipped and read_json(shipped / "settings.json") == json.loads(json.dumps(settings)):
+        recorded = read_json(shipped / "settings.json") if shipped else None
+        if recorded is not None and not differences(recorded, json.loads(json.dumps(settings))):
             return str(shipped)
         config = dataclasses.replace(self.config, seed=seed)
         return self._made(
@@ -205,7 +209,7 @@ class Workbench:
         if name in self._failed:
             raise MatrixError(f"needs the checkpoint {name}, which failed: {self._failed[name]}")
         folder = self.folder / "checkpoints" / name
-        claim(folder, settings)
+        claim(folder, settings, error=MatrixError)
         done = folder / "done.json"
         if (made := read_json(done)) is None:
             try:
@@ -285,57 +289,3 @@ class Workbench:
 def _is_right(trajectory: Trajectory) -> bool:
     answer = trajectory.answer
     return answer is not None and rule_judge(trajectory.question, trajectory.reference_answer, answer)
-
-
-def claim(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Write what a folder depends on, or make sure that it is what was written there. Raises MatrixError else."""
-    wanted = json.loads(json.dumps(settings))
-    path = folder / "settings.json"
-    present = read_json(path)
-    if present is None:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, (json.dumps(wanted, indent=1) + "\n").encode())
-        return
-    _compare(folder, present, wanted)
-
-
-def _compare(folder: Path, present: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    there, here = _flat(present), _flat(wanted)
-    differing = [key for key in dict.fromkeys([*there, *here]) if there.get(key) != here.get(key)]
-    if differing:
-        listed = ", ".join(f"{key}={there.get(key)!r} not {here.get(key)!r}" for key in differing[:4])
-        raise MatrixError(
-            f"{folder} was made with other settings ({listed}); use those, another results= folder, or remove it"
-        )
-
-
-def depends_on(config: Config, *stages: str) -> dict[str, Any]:
-    """The settings of these stages and of the documents that can change a result; which model it is, is known by its
-    weights (`model_fingerprint`), not by where they lie."""
-    whole = to_dict(config)
-    del whole["policy"]["model"]
-    del whole["policy"]["batch_size"]
-    kept = {name: whole[name] for name in ("minidocs", *stages)} | {"data_seed": config.seed, "smoke": config.smoke}
-    return {
-        stage: {k: v for k, v in values.items() if k not in _INDIFFERENT} if isinstance(values, dict) else values
-        for stage, values in kept.items()
-    }
-
-
-def _flat(value: Any, name: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {name: value}
-    return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{name}.{key}".lstrip(".")).items()}
-
-
-@functools.cache
-def model_fingerprint(model: str) -> str:
-    """A model by its weights, so that one trained anew in the same folder is another; a hub id by its name."""
-    files = sorted(Path(model).glob("*.safetensors"))
-    if not files:
-        return model
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
-    return digest.hexdigest()[:16]

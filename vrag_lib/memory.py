@@ -14,9 +14,13 @@ import re
 from dataclasses import dataclass
 
 from vrag_lib.config import Config, ConfigError
+from vrag_lib.context_cache import MAX_BYTES as CONTEXT_BYTES
 from vrag_lib.torch_setup import ensure_torchvision
 
 GIB = 2**30
+
+RETRIEVER_PARAMETERS = 2_210_000_000
+"""Of ColQwen2, a Qwen2-VL-2B; in bfloat16, on every card that samples."""
 
 _VISION = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "window_size": 112,
            "fullatt_block_indexes": [7, 15, 23, 31], "patch_size": 14, "spatial_merge_size": 2}  # fmt: skip
@@ -40,25 +44,28 @@ class Memory:
 
     held: dict[str, int]
     rollout: dict[str, int]
+    logprobs: dict[str, int]
     update: dict[str, int]
 
     @property
     def peak(self) -> int:
-        """Bytes in the larger phase."""
-        return sum(self.held.values()) + max(sum(self.rollout.values()), sum(self.update.values()))
+        """Bytes in the largest phase."""
+        phases = (self.rollout, self.logprobs, self.update)
+        return sum(self.held.values()) + max(sum(phase.values()) for phase in phases)
 
     def __str__(self) -> str:
-        phases = (("all the time", self.held), ("in rollouts", self.rollout), ("in updates", self.update))
+        phases = (("all the time", self.held), ("in rollouts", self.rollout),
+                  ("in fixed log-probs", self.logprobs), ("in updates", self.update))  # fmt: skip
         lines = [f"{v / GIB:8.1f} GiB  {phase}: {part}" for phase, parts in phases for part, v in parts.items() if v]
         return "\n".join([*lines, f"{self.peak / GIB:8.1f} GiB  expected at the peak, on each card; not measured"])
 
 
-def expected_memory(config: Config, stage: str = "grpo", shards: int = 1) -> Memory:
+def expected_memory(config: Config, stage: str = "grpo", shards: int = 1, card: float | None = None) -> Memory:
     """What `vrag sft` or `vrag grpo` (`stage`) is expected to take on each of the `shards` cards that share out the
     weights (launch/fsdp.yaml).
 
-    An update holds one micro-batch of the longest context that the settings allow. vLLM's share of the card is not
-    counted: it is what `rollout.gpu_memory_utilization` says, given back between rollouts.
+    An update holds one micro-batch of the longest context that the settings allow. card: size of each in GiB; vLLM's
+    share of it in rollouts (`rollout.gpu_memory_utilization`) is counted only where it is given.
 
     Raises ConfigError for a model whose shape is not in SHAPES, ValueError for an unknown stage or no card.
     """
@@ -79,25 +86,33 @@ def expected_memory(config: Config, stage: str = "grpo", shards: int = 1) -> Mem
     if stage == "grpo" and not lora and config.grpo.kl_coefficient:
         held["reference"] = held["weights"]
     tokens = settings.max_tokens if stage == "sft" else settings.max_context_tokens
+    logits = tokens * settings.micro_batch_size // 2 * shape["vocab_size"] * size
     rollout: dict[str, int] = {}
+    logprobs: dict[str, int] = {}
     if stage == "grpo":
+        if config.retrieval.kind == "visual" and config.retrieval.device != "cpu":
+            held["retriever"] = 2 * RETRIEVER_PARAMETERS
         if shards > 1:
-            copies = 2 if "reference" in held else 1
-            rollout["weights gathered"] = copies * (everything * size - held["weights"])
+            rollout["weights gathered"] = logprobs["weights gathered"] = everything * size - held["weights"]
         if config.rollout.engine == "transformers":
             rollout["keys and values"] = tokens * config.grpo.rollout_batch_size * _cache_bytes(shape, size)
-    update = _update(shape, tokens * settings.micro_batch_size, size, settings.gradient_checkpointing)
-    return Memory(held, rollout, update)
+            rollout["contexts read before"] = CONTEXT_BYTES
+        elif card is not None:
+            rollout["vLLM"] = int(config.rollout.gpu_memory_utilization * card * GIB)
+        logprobs["logits"] = 2 * logits
+    update = _update(shape, tokens * settings.micro_batch_size, size, settings.gradient_checkpointing, logits)
+    return Memory(held, rollout, logprobs, update)
 
 
-def _update(shape: dict, tokens: int, size: int, checkpointing: bool) -> dict[str, int]:
+def _update(shape: dict, tokens: int, size: int, checkpointing: bool, logits: int) -> dict[str, int]:
     width, inner, layers = shape["hidden_size"], shape["intermediate_size"], shape["num_hidden_layers"]
     # Kept of one layer for its backward pass, per token: norms, queries, attention, projections (about 8 times the
     # width), and gate, up and their product.
     layer = tokens * (8 * width + 3 * inner) * size
     kept = tokens * width * size * layers + layer if checkpointing else layer * layers
-    # Logits and their gradient; half of a context's tokens are replies at most, the rest images and the question.
-    return {"activations": kept, "logits": 2 * (tokens // 2) * shape["vocab_size"] * size}
+    # Half of a context's tokens are replies at most, the rest images and the question. Logits are there twice, as they
+    # come and of the trained tokens, and so are their gradients.
+    return {"activations": kept, "logits": 4 * logits}
 
 
 def _cache_bytes(shape: dict, size: int) -> int:

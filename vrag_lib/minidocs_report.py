@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vrag_lib.config import provenance
 from vrag_lib.geometry import render
 from vrag_lib.minidocs import MiniDocs, majority_accuracy
 from vrag_lib.minidocs_questions import MiniQuestion
+from vrag_lib.provenance import provenance
 from vrag_lib.rendering import write_atomically
 from vrag_lib.scale_evaluate import generate, load_policy
 from vrag_lib.scale_tasks import phrase, region_view

@@ -78,8 +78,7 @@ def ocr_pages(
     for problem in problems:
         logger.warning("left without OCR: %s", problem)
     read = [_with_lines(page, read_json(files[page.id]) or []) for page in wanted if page.id in files]
-    result = corpus.with_pages(read)
-    return Corpus(result.documents, (*corpus.problems, *problems))
+    return corpus.with_pages(read).with_problems(problems)
 
 
 def lacks_text(page: Page) -> bool:

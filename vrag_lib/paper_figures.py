@@ -8,21 +8,32 @@ other models on other documents: compare directions, not heights.
 
 from __future__ import annotations
 
-import math
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.figure import Figure
 
+from vrag_lib.paper_tables import BEHAVIOUR, LESS_IS_BETTER, MEASURED
 from vrag_lib.plots import COLOURS, interval_bars, interval_errors, save_figure
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-VERDICTS = {"agrees": COLOURS[2], "disagrees": COLOURS[4], "higher": COLOURS[0], "lower": COLOURS[1]}
+BUILT_IN = "agrees, but the sign is built in"
+VERDICTS = {
+    "agrees": COLOURS[2],
+    BUILT_IN: "#68d391",
+    "disagrees": COLOURS[4],
+    "better": COLOURS[0],
+    "worse": COLOURS[1],
+}
 """Colours of verdicts; whatever is not resolved is grey."""
+
+PER_QUESTION = {"searches": "difference in searches per question", "seconds": "difference in seconds per question"}
+"""Columns of effects that are not in points."""
 
 _GREY = "#a0aec0"
 _ELEMENTS = ("text", "table", "chart", "layout")
@@ -67,7 +78,7 @@ def table_1(table: pd.DataFrame) -> Figure:
         ax.grid(axis="y", color="#edf2f7")
         _plain(ax)
     names = [
-        f"{cell} ({name})" if isinstance(name, str) else cell for cell, name in table[["cell", "paper_name"]].values
+        f"{about} ({name})" if isinstance(name, str) else about for about, name in table[["about", "paper_name"]].values
     ]
     axes[0].set_yticks(places, names, fontsize=8)
     handles = [
@@ -81,7 +92,7 @@ def table_1(table: pd.DataFrame) -> Figure:
 
 def table_2(table: pd.DataFrame) -> Figure:
     """Accuracy by reward and actions."""
-    names = [f"{reward}\n{actions}" for reward, actions in zip(table["reward"], table["actions"], strict=True)]
+    names = [f"{reward}; {actions}" for reward, actions in zip(table["reward"], table["actions"], strict=True)]
     return _two_sources(table, names, [("accuracy", "paper", "accuracy, %")], "Table 2: reward × crop")
 
 
@@ -93,11 +104,11 @@ def table_3(table: pd.DataFrame) -> Figure:
         ("accuracy", "", "right, %"),
         ("ndcg", "", "nDCG of the pages seen, %"),
     ]
-    return _two_sources(table, list(table["cell"]), panels, "Table 3: before and after RL")
+    return _two_sources(table, [_wrapped(about) for about in table["about"]], panels, "Table 3: before and after RL")
 
 
 def figure_3(table: pd.DataFrame) -> Figure:
-    """Accuracy by pages in context, the gold pages as bound."""
+    """Accuracy by pages in context, and with the gold pages, the paper's bound."""
     figure = Figure(figsize=(6.5, 3.8), layout="constrained")
     ax = figure.subplots()
     found, bound = table[table["pages_given"].notna()], table[table["pages_given"].isna()]
@@ -169,50 +180,73 @@ def figure_6(table: pd.DataFrame) -> Figure:
 
 
 def effects(table: pd.DataFrame) -> Figure:
-    """Differences with their intervals, coloured by verdict; accuracies and shares in points."""
-    in_points = ("accuracy", "invalid_rate", "finish_rate", "first_gold", "ndcg")
-    shown = table[table["column"].isin(in_points)]
-    figure = Figure(figsize=(10, 1.3 + 0.32 * len(shown)), layout="constrained")
-    ax = figure.subplots()
-    places = np.arange(len(shown))[::-1]
-    for place, row in zip(places, shown.itertuples(), strict=True):
-        colour = VERDICTS.get(row.verdict, _GREY)
-        ax.plot([row.low, row.high], [place, place], color=colour, linewidth=2)
-        ax.plot(row.difference, place, "o", color=colour, ms=5)
-        if not math.isnan(row.paper):
-            ax.plot(row.paper, place, "D", mfc="none", color="black", ms=5)
-    ax.axvline(0, color="black", linewidth=0.8)
-    ax.set_yticks(places, shown["effect"], fontsize=8)
-    ax.set(xlabel="difference in points [95 %], grey: Holm's p not below 0.05", ylim=(-0.7, len(shown) - 0.3))
-    ax.grid(axis="y", color="#edf2f7")
-    verdicts = [*VERDICTS, "not resolved"]
-    for name in [v for v in verdicts if v in set(shown["verdict"])]:
-        ax.plot([], [], "o-", color=VERDICTS.get(name, _GREY), label=name)
-    if shown["paper"].notna().any():
-        ax.plot([], [], "D", mfc="none", color="black", linestyle="none", label="paper, 7B")
-    ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    _plain(ax)
+    """Differences with their intervals, coloured by verdict: accuracies and shares in points together, other units in
+    axes of their own."""
+    built_in = (table["verdict"] == "agrees") & (table["basis"] == "built in")
+    table = table.assign(verdict=table["verdict"].mask(built_in, BUILT_IN))
+    return _differences(table, table["column"].map(PER_QUESTION).fillna("difference in points"))
+
+
+def ablations(table: pd.DataFrame) -> Figure:
+    """Differences with their intervals, coloured by better and worse: an axis for each thing that is measured."""
+    titles = {name: f"{label}: difference in points" for name, label in MEASURED.items()}
+    titles |= {name: f"{title}, fewer is better" for name, title in titles.items() if name in LESS_IS_BETTER}
+    return _differences(table, table["column"].map(titles))
+
+
+def _differences(table: pd.DataFrame, titles: pd.Series) -> Figure:
+    """A row per difference of `table`, with its 95 % interval; those with the same of `titles` share axes. A difference
+    of behaviour is marked where an agent collapsed to one answer."""
+    parts = dict(list(table.groupby(titles, sort=False)))
+    rows = [len(part) for part in parts.values()]
+    figure = Figure(figsize=(9.5, 0.9 + 0.27 * len(table) + 0.55 * len(parts)), layout="constrained")
+    axes = figure.subplots(len(parts), 1, squeeze=False, height_ratios=[0.4 + count for count in rows])[:, 0]
+    for ax, (title, part) in zip(axes, parts.items(), strict=True):
+        places = np.arange(len(part))[::-1]
+        for place, row in zip(places, part.itertuples(), strict=True):
+            colour = VERDICTS.get(row.verdict, _GREY)
+            ax.plot([row.low, row.high], [place, place], color=colour, linewidth=2)
+            ax.plot(row.difference, place, "o", color=colour, ms=5)
+        ax.plot(part["paper"], places, "D", mfc="none", color="black", ms=5)
+        ax.axvline(0, color="black", linewidth=0.8)
+        marks = part["collapsed"].notna() & part["column"].isin(BEHAVIOUR)
+        ax.set_yticks(places, part["effect"] + marks.map({True: " (collapsed)", False: ""}), fontsize=8)
+        ax.set_xlabel(title, fontsize=8)
+        ax.tick_params(axis="x", labelsize=8)
+        ax.set_ylim(-0.7, len(part) - 0.3)
+        ax.grid(axis="y", color="#edf2f7")
+        _plain(ax)
+    names = {name: name for name in VERDICTS} | {"not resolved": "not resolved: Holm's p not below 0.05"}
+    shown = {name: label for name, label in names.items() if name in set(table["verdict"])}
+    handles = [axes[0].plot([], [], "o-", color=VERDICTS.get(k, _GREY), label=label)[0] for k, label in shown.items()]
+    if table["paper"].notna().any():
+        handles += axes[0].plot([], [], "D", mfc="none", color="black", linestyle="none", label="paper, 7B")
+    figure.legend(handles=handles, fontsize=8, ncols=len(handles), loc="outside upper center")
     return figure
 
 
 def _two_sources(table: pd.DataFrame, names: list[str], panels: list[tuple[str, str, str]], title: str) -> Figure:
     """Bars of ours with the paper's numbers, where it has any, as hollow marks: one panel per (column, the paper's
-    column, axis label)."""
-    figure = Figure(figsize=(max(5.5, 1.6 * len(names)) * (1 + 0.35 * (len(panels) - 1)), 3.6), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for ax, (column, paper, label) in zip(axes, panels, strict=True):
-        places = np.arange(len(names))
-        ax.bar(
-            places, table[column], 0.6, yerr=interval_errors(table, column), capsize=3, color=COLOURS[0], label="here"
-        )
+    column, axis label), two side by side."""
+    rows, columns = -(-len(panels) // 2), min(len(panels), 2)
+    figure = Figure(figsize=(3.2 + 3 * columns, 1.0 + rows * (0.6 + 0.32 * len(names))), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, sharey=True)
+    places = np.arange(len(names))[::-1]
+    for ax, (column, paper, label) in zip(axes.flat, panels, strict=False):
+        errors = interval_errors(table, column)
+        ax.barh(places, table[column], 0.6, xerr=errors, capsize=3, color=COLOURS[0], label="here")
         if paper:
-            ax.plot(places, table[paper], "D", mfc="white", color=COLOURS[1], linestyle="none", label="paper, 7B")
-        ax.set_xticks(places, [name.replace("_", "\n") for name in names], fontsize=8)
-        ax.set(ylabel=label, ylim=(0, None))
+            ax.plot(table[paper], places, "D", mfc="white", color=COLOURS[1], linestyle="none", label="paper, 7B")
+        ax.set_yticks(places, names, fontsize=8)
+        ax.set(xlabel=label, xlim=(0, None))
         _plain(ax)
-    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside right upper")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=8, ncols=2, loc="outside lower center")
     figure.suptitle(title, fontsize=11)
     return figure
+
+
+def _wrapped(text: str, width: int = 36) -> str:
+    return "\n".join(textwrap.wrap(text, width))
 
 
 def _plain(ax: Axes) -> None:
@@ -229,6 +263,6 @@ FIGURES = {
     "figure_5": figure_5,
     "figure_6": figure_6,
     "effects": effects,
-    "ablations": effects,
+    "ablations": ablations,
 }
 """What draws each table."""

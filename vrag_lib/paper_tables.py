@@ -6,7 +6,10 @@ them the paper's and the re-run's, and what became of each effect.
 Pure functions of rows. A trajectory that failed or gave no answer counts as wrong; how many did stands in every table.
 Intervals: 95 %, questions and training seeds resampled (`stats.crossed_mean`, 10,000 resamples). P-values of the
 effects are corrected within their family by Holm's method; an effect whose corrected p-value is 0.05 or more is `not
-resolved`, whatever its sign. The paper gives no intervals, so only signs are compared, never sizes.
+resolved`, whatever its sign. The paper gives no intervals, so only signs are compared, never sizes. What a sign rests
+on stands beside it (`basis`): where no whole page can be read, an agent that crops is above one that does not by
+construction. What an agent answers most often stands in the tables, too: one that says the same to every question
+shows no skill by how it behaves.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vrag_lib.agents import VANILLA_PAGES
+from vrag_lib.answer_metrics import is_refusal
 from vrag_lib.evaluate import by_element
 from vrag_lib.matrix_cells import CELLS, CONTEXT_PAGES
 from vrag_lib.paper_numbers import (
@@ -42,6 +46,29 @@ if TYPE_CHECKING:
 
 ALPHA = 0.05
 """Corrected p-value below which an effect is resolved."""
+
+UNKNOWN = Difference(math.nan, math.nan, math.nan, math.nan)
+
+FLOOR = 5.0
+"""Accuracy, %, with the gold pages given whole, below which whole pages count as illegible."""
+
+COLLAPSE = 25.0
+"""Share of one and the same answer, %, above which an agent counts as collapsed to it."""
+
+MEASURED = {
+    "accuracy": "answers right",
+    "ndcg": "nDCG of the pages seen",
+    "finish_rate": "finished trajectories",
+    "invalid_rate": "invalid replies",
+}
+"""Of COLUMNS those that ablations are measured by, in the order of their table, and what they are."""
+
+BEHAVIOUR = ("finish_rate", "invalid_rate")
+"""Of COLUMNS those that an agent which collapsed can be good at."""
+
+LESS_IS_BETTER = ("invalid_rate", "invalid", "noise_pages", "tokens_sampled", "seconds", "seconds_generate",
+                  "seconds_retrieve")  # fmt: skip
+"""Of COLUMNS those of which less is better."""
 
 COLUMNS = {
     "accuracy": ("judge", None, 100),
@@ -82,7 +109,7 @@ METHODS = (
     *(f"vanilla_rag_{k}" for k in VANILLA_PAGES), "react", "vrag_prompted", "search_r1", "cold_start", "sft_search",
     "sft", "sft_rl_search", "vrag_rl", "gold_pages", "gold_pages_crop", "gold_regions",
 )  # fmt: skip
-"""Rows of Table 1: the paper's methods, the two that separate its confound, and the bounds."""
+"""Rows of Table 1: the paper's methods, the two that separate its confound, those given gold pages or regions."""
 
 
 BEFORE_AND_AFTER = ("sft", "vrag_rl", "invalid_penalised", "sft_1000", "rl_1000", "sft_300", "rl_300")
@@ -91,16 +118,18 @@ BEFORE_AND_AFTER = ("sft", "vrag_rl", "invalid_penalised", "sft_1000", "rl_1000"
 
 def make_tables(rows: Rows) -> dict[str, pd.DataFrame]:
     """Every table by its name. Cells that are not there are left out; a table without any row is empty."""
+    first, claimed, unclaimed = table_1(rows), effects(rows, EFFECTS), effects(rows, ABLATIONS)
+    claimed["basis"] = [basis(first, *row) for row in claimed[["verdict", "a", "b", "column", "element"]].values]
     return {
-        "table_1": table_1(rows),
+        "table_1": first,
         "table_2": table_2(rows),
         "table_3": table_3(rows),
         "figure_3": figure_3(rows),
         "figure_4": figure_4(rows),
         "figure_5": figure_5(rows),
         "figure_6": figure_6(rows),
-        "effects": effects(rows, EFFECTS),
-        "ablations": effects(rows, ABLATIONS),
+        "effects": claimed,
+        "ablations": unclaimed.sort_values("column", key=lambda names: names.map(list(MEASURED).index), kind="stable"),
         "cells": cells_table(rows),
     }
 
@@ -146,12 +175,15 @@ def interval(frame: pd.DataFrame, column: str, kind: str = "") -> Interval:
 
 def difference(frame_a: pd.DataFrame, frame_b: pd.DataFrame, column: str, kind: str = "") -> Difference:
     """How much higher one of COLUMNS is in `frame_a`, paired by question and, where both were trained several times, by
-    the seeds they share.
+    the seeds they share; NaN where no question is of that kind, or one side has no value.
 
     Raises ValueError when they are not of the same questions or share no seed.
     """
-    a, a_sizes = matrices(select(frame_a, kind), column)
-    b, b_sizes = matrices(select(frame_b, kind), column)
+    part_a, part_b = select(frame_a, kind), select(frame_b, kind)
+    if part_a.empty and part_b.empty:
+        return UNKNOWN
+    a, a_sizes = matrices(part_a, column)
+    b, b_sizes = matrices(part_b, column)
     alone = a.columns.symmetric_difference(b.columns)
     if len(alone):
         raise ValueError(f"{len(alone)} questions are in one cell only, for example {alone[0]!r}; run both on the same")
@@ -160,18 +192,22 @@ def difference(frame_a: pd.DataFrame, frame_b: pd.DataFrame, column: str, kind: 
         if shared.empty:
             raise ValueError("the two cells share no seed; run them with the same ones")
         a, a_sizes, b, b_sizes = (table.loc[shared] for table in (a, a_sizes, b, b_sizes))
+    if not a_sizes.to_numpy().sum() or not b_sizes.to_numpy().sum():
+        return UNKNOWN
     return crossed_difference(a.to_numpy(), b.to_numpy(), a_sizes.to_numpy(), b_sizes.to_numpy())
 
 
 def effects(rows: Rows, wanted: Sequence[Effect]) -> pd.DataFrame:
     """One row per effect: the difference, its interval, p-value, Holm's p-value among the measured ones, verdict. Where
-    a cell is missing the numbers are NaN and the verdict is `not measured`."""
+    a cell or what is compared is missing the numbers are NaN and the verdict is `not measured`. `collapsed` names
+    those of the two agents that give one answer to more than COLLAPSE % of the questions."""
     import pandas as pd
 
+    collapsed = {name for name, frame in rows.items() if _answers(frame)["top_share"] > COLLAPSE}
     table = []
     for effect in wanted:
         missing = [name for name in (effect.a, effect.b) if name not in rows]
-        found = Difference(*[math.nan] * 4)
+        found = UNKNOWN
         if not missing:
             found = difference(rows[effect.a], rows[effect.b], effect.column, effect.element)
         table.append(
@@ -191,6 +227,7 @@ def effects(rows: Rows, wanted: Sequence[Effect]) -> pd.DataFrame:
                 "paper_sign": effect.claimed,
                 "score": " / ".join(f"{points:+.1f}" for points in effect.score),
                 "note": effect.note,
+                "collapsed": ", ".join(name for name in (effect.a, effect.b) if name in collapsed),
             }
         )
     frame = pd.DataFrame(table)
@@ -199,25 +236,48 @@ def effects(rows: Rows, wanted: Sequence[Effect]) -> pd.DataFrame:
     if known.any():
         frame.loc[known, "p_holm"] = holm(frame.loc[known, "p"].to_numpy())
     frame["verdict"] = [
-        verdict(d, p, s) for d, p, s in zip(frame["difference"], frame["p_holm"], frame["paper_sign"], strict=True)
+        verdict(*row) for row in frame[["difference", "p_holm", "paper_sign", "column"]].itertuples(index=False)
     ]
     return frame
 
 
-def verdict(difference: float, p_holm: float, claimed: int) -> str:
-    """What became of an effect: `agrees` or `disagrees` with the sign claimed, `not resolved`, `not measured`; without
-    a claim `higher` or `lower`.
+def verdict(difference: float, p_holm: float, claimed: int, column: str = "accuracy") -> str:
+    """What became of an effect on one of COLUMNS: `agrees` or `disagrees` with the sign claimed, `not resolved`, `not
+    measured`; without a claim `better` or `worse`.
 
-    >>> verdict(3.0, 0.01, 1), verdict(3.0, 0.01, -1), verdict(3.0, 0.2, 1), verdict(-3.0, 0.01, 0)
-    ('agrees', 'disagrees', 'not resolved', 'lower')
+    >>> verdict(3.0, 0.01, 1), verdict(3.0, 0.01, -1), verdict(3.0, 0.2, 1)
+    ('agrees', 'disagrees', 'not resolved')
+    >>> verdict(-3.0, 0.01, 0), verdict(-3.0, 0.01, 0, "invalid_rate")
+    ('worse', 'better')
     """
     if math.isnan(difference):
         return "not measured"
     if p_holm >= ALPHA or difference == 0:
         return "not resolved"
     if not claimed:
-        return "higher" if difference > 0 else "lower"
+        return "better" if (difference > 0) != (column in LESS_IS_BETTER) else "worse"
     return "agrees" if difference * claimed > 0 else "disagrees"
+
+
+def illegible(first: pd.DataFrame, kind: str = "") -> bool:
+    """Whether Table 1 shows that the policy cannot read whole pages, of one of TYPES or all: given the gold pages it is
+    at the bottom. False where that, or what it reads given the gold regions, is not measured."""
+    if first.empty or not {"gold_pages", "gold_regions"} <= set(first["cell"]):
+        return False
+    return bool(first.set_index("cell").loc["gold_pages", f"{kind or 'overall'}_high"] < FLOOR)
+
+
+def basis(first: pd.DataFrame, verdict: str, a: str, b: str, column: str, element: str) -> str:
+    """What an effect rests on: it is `measured`; or, being one on answers where whole pages are `illegible`, it is
+    `built in`, because one of the two agents is shown images and cannot crop, or has `both at the bottom`, because
+    neither can. Empty where the effect is not measured."""
+    if verdict == "not measured":
+        return ""
+    agents = [CELLS[name].find_agent() for name in (a, b)]
+    blind = [agent.observation == "image" and not agent.allow_crop for agent in agents]
+    if column != "accuracy" or not any(blind) or not illegible(first, element):
+        return "measured"
+    return "both at the bottom" if all(blind) else "built in"
 
 
 def _seeds(rows: Rows, effect: Effect) -> str:
@@ -236,12 +296,25 @@ def _counts(frame: pd.DataFrame) -> dict[str, int]:
     }
 
 
+def _answers(frame: pd.DataFrame) -> dict[str, Any]:
+    """What is said most often, all seeds together: the answer, its share of all trajectories and that of the two most
+    frequent, and the share that says that the documents do not answer the question, %."""
+    given = frame.loc[frame["answered"], "answer"].astype(str).str.strip()
+    counts = given.value_counts().sort_index().sort_values(ascending=False, kind="stable")
+    return {
+        "top_answer": counts.index[0] if len(counts) else "",
+        "top_share": 100 * counts.iloc[:1].sum() / len(frame),
+        "top_two_share": 100 * counts.iloc[:2].sum() / len(frame),
+        "refused_share": 100 * sum(map(is_refusal, given)) / len(frame),
+    }
+
+
 def _with_limits(name: str, found: Interval) -> dict[str, float]:
     return {name: found.mean, f"{name}_low": found.low, f"{name}_high": found.high}
 
 
 def _measured(rows: Rows, cell: str, columns: Sequence[str]) -> dict[str, Any]:
-    row: dict[str, Any] = {"cell": cell, **_counts(rows[cell])}
+    row: dict[str, Any] = {"cell": cell, "about": CELLS[cell].about, **_counts(rows[cell])}
     for column in columns:
         row |= _with_limits(column, interval(rows[cell], column))
     return row
@@ -254,14 +327,15 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 
 
 def table_1(rows: Rows) -> pd.DataFrame:
-    """Accuracy by method and kind of question, %; the overall accuracy of the paper and of the re-run, and the paper's
-    by kind (`paper_<kind>`)."""
+    """Accuracy by method and kind of question, %; what is answered most often; the overall accuracy of the paper and of
+    the re-run, and the paper's by kind (`paper_<kind>`)."""
     table = []
     for cell in (name for name in METHODS if name in rows):
         row = {"cell": cell, "about": CELLS[cell].about, **_counts(rows[cell])}
         row |= _with_limits("overall", interval(rows[cell], "accuracy"))
         for kind in TYPES:
             row |= _with_limits(kind, interval(rows[cell], "accuracy", kind))
+        row |= _answers(rows[cell])
         name, big, small = PAPER_OVERALL.get(cell, ("", math.nan, math.nan))
         slides, vidoseek = SCORE_OVERALL.get(cell, (math.nan, math.nan))
         row |= {"paper_name": name, "paper_7b": big, "paper_3b": small}
@@ -272,10 +346,11 @@ def table_1(rows: Rows) -> pd.DataFrame:
 
 
 def table_2(rows: Rows) -> pd.DataFrame:
-    """Accuracy by reward and actions, %."""
+    """Accuracy by reward and actions, %, and what is answered most often."""
     return _table(
         [
             _measured(rows, cell, ["accuracy"])
+            | _answers(rows[cell])
             | {
                 "reward": "answer alone" if "answer_only" in cell else "with nDCG",
                 "actions": "search, crop" if CELLS[cell].find_agent().allow_crop else "search",
@@ -289,18 +364,19 @@ def table_2(rows: Rows) -> pd.DataFrame:
 
 def table_3(rows: Rows) -> pd.DataFrame:
     """Invalid actions (share of replies) and finished trajectories, %; and, which the paper's table has not, answers,
-    nDCG of the pages seen, and cold starts on fewer trajectories."""
+    the most frequent one, nDCG of the pages seen, and cold starts on fewer trajectories."""
     columns = ["invalid_rate", "finish_rate", "accuracy", "ndcg"]
     table = []
     for cell in BEFORE_AND_AFTER:
         if cell in rows:
             invalid, finish = PAPER_TABLE_3.get(cell, (math.nan, math.nan))
-            table.append(_measured(rows, cell, columns) | {"paper_invalid": invalid, "paper_finish": finish})
+            known = {"paper_invalid": invalid, "paper_finish": finish}
+            table.append(_measured(rows, cell, columns) | _answers(rows[cell]) | known)
     return _table(table)
 
 
 def figure_3(rows: Rows) -> pd.DataFrame:
-    """Accuracy by pages in context, %; the row without a number of pages is the bound, the gold pages."""
+    """Accuracy by pages in context, %; the row without a number of pages is of the gold pages, the paper's bound."""
     cells = {f"vanilla_rag_{k}": k for k in CONTEXT_PAGES} | {"gold_pages": math.nan}
     return _table(
         [
@@ -362,10 +438,10 @@ def figure_6(rows: Rows) -> pd.DataFrame:
 
 
 def cells_table(rows: Rows) -> pd.DataFrame:
-    """Every cell that was run: what it is, and its main numbers."""
-    columns = ["accuracy", "finish_rate", "invalid_rate", "gold_recall", "turns", "searches", "crops"]
+    """Every cell that was run: what it is, its main numbers, and what it answers most often."""
+    columns = ["accuracy", "finish_rate", "invalid_rate", "gold_recall", "turns", "searches", "crops", "crop_iou"]
     return _table(
-        [_measured(rows, cell, columns) | {"about": CELLS[cell].about, "chain": CELLS[cell].chain} for cell in rows]
+        [_measured(rows, cell, columns) | _answers(rows[cell]) | {"chain": CELLS[cell].chain} for cell in rows]
     )
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from vrag_lib.context_cache import ContextCache, batch_cache, row_states
 from vrag_lib.policy import Reply
-from vrag_lib.policy_chat import ChatPolicy, CheckpointError, Context
+from vrag_lib.policy_chat import ChatPolicy, CheckpointError, Context, refuse_adapter
 from vrag_lib.torch_setup import ensure_torchvision
 from vrag_lib.trajectory import ImageRef
 from vrag_lib.vision_cache import remember_features
@@ -69,6 +69,7 @@ class TransformersPolicy(ChatPolicy):
         if dtype == "auto":
             dtype = "float32" if device == "cpu" else "bfloat16"
         local = Path(path).is_dir()
+        refuse_adapter(path)
         try:
             processor = AutoProcessor.from_pretrained(path, local_files_only=local)
             model, info = AutoModelForImageTextToText.from_pretrained(

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from vrag_lib.actions import STOP_STRINGS
 from vrag_lib.config import ConfigError, RolloutConfig
 from vrag_lib.policy import Reply
-from vrag_lib.policy_chat import ChatPolicy, CheckpointError, Context
+from vrag_lib.policy_chat import ChatPolicy, CheckpointError, Context, refuse_adapter
 from vrag_lib.torch_setup import ensure_torchvision
 from vrag_lib.training import process_count
 
@@ -185,6 +185,7 @@ class VLLMPolicy(ChatPolicy):
         Raises ConfigError without vLLM, CheckpointError when the checkpoint cannot be loaded.
         """
         require_vllm()
+        refuse_adapter(path)
         ensure_torchvision()
         import torch
         from transformers import AutoConfig, AutoProcessor, GenerationConfig

@@ -15,12 +15,23 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vrag_lib.config import Config, provenance
+from vrag_lib.config import Config
 from vrag_lib.matrix import SEEDS, MatrixError, Outcome, read_rows, states
 from vrag_lib.matrix_cells import CELLS
 from vrag_lib.paper_figures import draw_figures
 from vrag_lib.paper_numbers import ABLATIONS, EFFECTS, PAPER_TABLE_2, SCORE_BEHAVIOUR
-from vrag_lib.paper_tables import BEFORE_AND_AFTER, METHODS, TYPES, make_tables, seeds_spread
+from vrag_lib.paper_tables import (
+    BEFORE_AND_AFTER,
+    BEHAVIOUR,
+    COLLAPSE,
+    MEASURED,
+    METHODS,
+    TYPES,
+    illegible,
+    make_tables,
+    seeds_spread,
+)
+from vrag_lib.provenance import provenance
 from vrag_lib.rendering import write_atomically
 
 if TYPE_CHECKING:
@@ -28,8 +39,8 @@ if TYPE_CHECKING:
 
 COMMAND = "vrag reproduce-paper"
 
-FLOOR = 5.0
-"""Accuracy, %, with the gold pages given whole, below which whole pages count as illegible."""
+ANSWERS = ("most frequent answer, %", "“not answerable”, %")
+"""Columns that say how far an agent has collapsed to one answer."""
 
 
 def write_report(config: Config, seeds: int = SEEDS) -> Path:
@@ -65,9 +76,10 @@ def page_text(
         f"# The paper's experiments in miniature (preset `{config.preset}`)",
         _what(config, tables, found),
         "## What agrees with the paper",
-        _verdicts(tables["effects"]),
+        verdicts(tables["effects"]),
         _effects(tables["effects"]),
         legibility(tables),
+        collapse(tables),
         *(f"![{name}]({folder}/{name}.png)" for name in ("effects", "table_1") if name in pictures),
         "## Ablations that nobody published",
         _ablations(tables["ablations"]) or "None of them is measured yet.",
@@ -84,10 +96,16 @@ def tables_text(
     order = ("table_1", "table_2", "table_3", "figure_3", "figure_4", "figure_5", "figure_6", "effects", "ablations")
     parts = [
         f"# Tables and figures (preset `{config.preset}`)",
+        "Of the effects that the paper claims:",
+        verdicts(tables["effects"]),
         _table_1(tables["table_1"]),
+        gold(tables),
+        collapse(tables),
         _table_2(tables["table_2"]),
         _table_3(tables["table_3"]),
         _figure_6(tables["figure_6"]),
+        _effects(tables["effects"]) and f"**Effects that the paper claims.**\n\n{_effects(tables['effects'])}",
+        legibility(tables),
         *(f"![{name}]({name}.png)" for name in order if name in pictures),
         _spread(spread),
         f"What the numbers mean and how sure they are: [the report](../../{_page(config)}).",
@@ -129,13 +147,15 @@ def _what(config: Config, tables: Mapping[str, pd.DataFrame], found: Sequence[Ou
     return "\n\n".join(lines)
 
 
-def _verdicts(effects: pd.DataFrame) -> str:
-    lines = []
-    for verdict in ("agrees", "disagrees", "not resolved", "not measured"):
-        names = list(effects.loc[effects["verdict"] == verdict, "effect"])
-        if names:
-            lines.append(f"- **{verdict}** ({len(names)} of {len(effects)}): {'; '.join(names)}")
-    return "\n".join(lines)
+def verdicts(effects: pd.DataFrame) -> str:
+    agrees, built_in = effects["verdict"] == "agrees", effects["basis"] == "built in"
+    groups = {"agrees by measurement": agrees & ~built_in, "agrees, but the sign is built in": agrees & built_in}
+    groups |= {name: effects["verdict"] == name for name in ("disagrees", "not resolved", "not measured")}
+    return "\n".join(
+        f"- **{name}** ({chosen.sum()} of {len(effects)}): {'; '.join(effects.loc[chosen, 'effect'])}"
+        for name, chosen in groups.items()
+        if chosen.any()
+    )
 
 
 def _effects(effects: pd.DataFrame) -> str:
@@ -144,7 +164,7 @@ def _effects(effects: pd.DataFrame) -> str:
         return ""
     rows = [
         (
-            row.effect + (f" ({row.note})" if row.note else ""),
+            row.effect + _note(row),
             f"`{row.a}` − `{row.b}`",
             _signed(row.difference, row.low, row.high, row.column),
             _p(row.p_holm),
@@ -152,27 +172,26 @@ def _effects(effects: pd.DataFrame) -> str:
             row.score or "",
             row.source,
             row.verdict,
+            row.basis,
         )
         for row in measured.itertuples()
     ]
-    head = ("effect", "cells", "here [95 %]", "p, Holm", "paper, 7B", "SCORE, SlideVQA / ViDoSeek", "from", "sign")
-    return _markdown(head, rows)
+    head = ("effect", "cells", "here [95 %]", "p, Holm", "paper, 7B", "SCORE, SlideVQA / ViDoSeek", "from", "sign",
+            "basis")  # fmt: skip
+    return f"{_markdown(head, rows)}\n\n{_key(measured)}"
 
 
 def legibility(tables: Mapping[str, pd.DataFrame]) -> str:
     """What cannot be seen where the policy cannot read a page unless it enlarges a part; nothing where it can, or where
     one of the two bounds that tell is not measured."""
-    if tables["table_1"].empty:
+    if not illegible(tables["table_1"]):
         return ""
     bounds = {row["cell"]: row for row in tables["table_1"].to_dict("records")}
-    whole, regions = bounds.get("gold_pages"), bounds.get("gold_regions")
-    if whole is None or regions is None or whole["overall_high"] >= FLOOR:
-        return ""
+    whole, regions = bounds["gold_pages"], bounds["gold_regions"]
     effects = tables["effects"]
-    on_answers = effects[(effects["verdict"] != "not measured") & (effects["column"] == "accuracy")]
-    crops = {name: cell.find_agent().allow_crop for name, cell in CELLS.items()}
-    neither = [row.effect for row in on_answers.itertuples() if not crops[row.a] and not crops[row.b]]
-    one = [row.effect for row in on_answers.itertuples() if crops[row.a] != crops[row.b]]
+    neither, one = (
+        list(effects.loc[effects["basis"] == name, "effect"]) for name in ("both at the bottom", "built in")
+    )
     lines = [
         f"**Pages are not legible whole at this scale.** Given the gold pages the policy answers "
         f"{_cell(whole, 'overall')} % of the questions, given the gold regions {_cell(regions, 'overall')} %. An agent "
@@ -182,6 +201,58 @@ def legibility(tables: Mapping[str, pd.DataFrame]) -> str:
         lines.append(f"So these compare two agents at the bottom and show nothing, either way: {'; '.join(neither)}.")
     if one:
         lines.append(f"And of these the sign is built in: {'; '.join(one)}.")
+    return " ".join(lines)
+
+
+def collapse(tables: Mapping[str, pd.DataFrame]) -> str:
+    """Which agents say the same to very many questions, and what follows; nothing where none does."""
+    cells = tables["cells"]
+    same = cells[cells["top_share"] > COLLAPSE]
+    if same.empty:
+        return ""
+    said = [
+        f"- `{row.cell}` ({row.about}): {_said(row.top_answer)} in {row.top_share:.1f} %, that or the second "
+        f"most frequent in {row.top_two_share:.1f} %"
+        for row in same.itertuples()
+    ]
+    lines = ["How often such an agent finishes, and how few of its replies are invalid, says nothing about its skill."]
+    refusing = [f"`{row.cell}`" for row in same.itertuples() if "answerable" in row.top_answer.lower()]
+    if refusing:
+        lines.append(
+            f"The likely cause in {' and '.join(refusing)}, which was not tested: some training questions have no "
+            "answer, so that `Not answerable` is right for them; all questions counted here have one."
+        )
+    behaviour = [
+        row.effect
+        for row in (*tables["effects"].itertuples(), *tables["ablations"].itertuples())
+        if row.verdict != "not measured" and row.column in BEHAVIOUR and row.collapsed
+    ]
+    if behaviour:
+        lines.append(f"So these differences show no skill, whatever their sign: {'; '.join(behaviour)}.")
+    head = f"**Collapsed to one answer**, which ends more than {COLLAPSE:.0f} % of the trajectories of these agents:"
+    return "\n\n".join((head, "\n".join(said), " ".join(lines)))
+
+
+def gold(tables: Mapping[str, pd.DataFrame]) -> str:
+    """Why agents given the gold pages are below VRAG-RL, which has to find them; nothing where they are not."""
+    cells = {row["cell"]: row for row in tables["cells"].to_dict("records")}
+    ours = cells.get("vrag_rl", {"accuracy_low": math.nan})
+    below = [name for name in ("gold_pages", "gold_pages_crop") if name in cells
+             and cells[name]["accuracy_high"] < ours["accuracy_low"]]  # fmt: skip
+    if not below:
+        return ""
+    lines = [
+        f"**Given the gold pages, yet below `vrag_rl`** ({_cell(ours, 'accuracy')} %), and so no upper bound: "
+        + " and ".join(f"`{name}` ({_cell(cells[name], 'accuracy')} %)" for name in below)
+        + "."
+    ]
+    if "gold_pages" in below and illegible(tables["table_1"]):
+        lines.append("`gold_pages` may not crop, and whole pages are not legible at this scale.")
+    if "gold_pages_crop" in below:
+        text = "`gold_pages_crop` learnt to crop from the planner alone, which points badly where it is a script"
+        found, wanted = _cell(cells["gold_pages_crop"], "crop_iou"), _cell(ours, "crop_iou")
+        more = f": the best IoU of its crops with a gold region is {found}, of those of `vrag_rl` {wanted}"
+        lines.append(f"{text}{more if found and wanted else ''}.")
     return " ".join(lines)
 
 
@@ -195,27 +266,29 @@ def _titled(
 
 
 def _table_1(table: pd.DataFrame) -> str:
-    head = ("cell", "", "overall", *TYPES, "no answer", "seeds", "paper 7B / 3B", "SCORE SlideVQA / ViDoSeek")
+    head = ("cell", "", "overall", *TYPES, "no answer", *ANSWERS, "seeds", "paper 7B / 3B", "SCORE SlideVQA / ViDoSeek")
     return _titled("**Table 1.** Accuracy, % [95 %].", table, head, lambda row: (
         f"`{row['cell']}`", row["about"], _cell(row, "overall"), *(_cell(row, kind) for kind in TYPES),
-        f"{row['failed']} / {row['trajectories']}", row["seeds"], _two(row["paper_7b"], row["paper_3b"]),
-        _two(row["score_slidevqa"], row["score_vidoseek"]),
+        f"{row['failed']} / {row['trajectories']}", *_answers(row), row["seeds"],
+        _two(row["paper_7b"], row["paper_3b"]), _two(row["score_slidevqa"], row["score_vidoseek"]),
     ))  # fmt: skip
 
 
 def _table_2(table: pd.DataFrame) -> str:
-    head = ("reward", "actions", "accuracy", "no answer", "seeds", "paper 7B")
+    head = ("cell", "reward", "actions", "accuracy", "no answer", *ANSWERS, "seeds", "paper 7B")
     return _titled("**Table 2.** Reward × crop, after SFT; accuracy, % [95 %].", table, head, lambda row: (
-        row["reward"], row["actions"], _cell(row, "accuracy"), f"{row['failed']} / {row['trajectories']}",
-        row["seeds"], _number(row["paper"]),
+        f"`{row['cell']}`", row["reward"], row["actions"], _cell(row, "accuracy"),
+        f"{row['failed']} / {row['trajectories']}", *_answers(row), row["seeds"], _number(row["paper"]),
     ))  # fmt: skip
 
 
 def _table_3(table: pd.DataFrame) -> str:
-    head = ("", "invalid replies", "paper 7B", "finished", "paper 7B", "right", "nDCG of the pages seen", "seeds")
+    head = ("cell", "", "invalid replies", "paper 7B", "finished", "paper 7B", "right", "nDCG of the pages seen",
+            *ANSWERS, "seeds")  # fmt: skip
     return _titled("**Table 3.** Before and after RL; % [95 %].", table, head, lambda row: (
-        f"`{row['cell']}`", _cell(row, "invalid_rate"), _number(row["paper_invalid"]), _cell(row, "finish_rate"),
-        _number(row["paper_finish"]), _cell(row, "accuracy"), _cell(row, "ndcg"), row["seeds"],
+        f"`{row['cell']}`", row["about"], _cell(row, "invalid_rate"), _number(row["paper_invalid"]),
+        _cell(row, "finish_rate"), _number(row["paper_finish"]), _cell(row, "accuracy"), _cell(row, "ndcg"),
+        *_answers(row), row["seeds"],
     ))  # fmt: skip
 
 
@@ -240,7 +313,8 @@ def _ablations(table: pd.DataFrame) -> str:
         return ""
     rows = [
         (
-            row.effect + (f" ({row.note})" if row.note else ""),
+            MEASURED[row.column],
+            row.effect + _note(row),
             f"`{row.a}` − `{row.b}`",
             _signed(row.difference, row.low, row.high, row.column),
             _p(row.p_holm),
@@ -251,7 +325,8 @@ def _ablations(table: pd.DataFrame) -> str:
     ]
     left = list(table.loc[table["verdict"] == "not measured", "effect"])
     note = f"\n\nNot measured: {'; '.join(left)}." if left else ""
-    return _markdown(("change", "cells", "points [95 %]", "p, Holm", "seeds", "result"), rows) + note
+    text = _markdown(("measured", "change", "cells", "points [95 %]", "p, Holm", "seeds", "result"), rows)
+    return f"{text}\n\n{_key(measured)}{note}"
 
 
 def _how_sure(tables: Mapping[str, pd.DataFrame]) -> str:
@@ -286,6 +361,29 @@ def _markdown(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
 
 
+def _note(effect: Any) -> str:
+    """What a reader has to know of a comparison, in brackets."""
+    notes = [effect.note, effect.collapsed and f"collapsed to one answer: {effect.collapsed}"]
+    return f" ({'; '.join(filter(None, notes))})" if any(notes) else ""
+
+
+def _key(effects: pd.DataFrame) -> str:
+    """What the cells that are compared are."""
+    names = dict.fromkeys(name for pair in effects[["a", "b"]].values for name in pair)
+    return f"Cells: {'; '.join(f'`{name}`: {CELLS[name].about}' for name in names)}."
+
+
+def _said(answer: str) -> str:
+    """What a model answered, as text that cannot break a table."""
+    return f"`{' '.join(answer.split())[:40].replace('`', chr(39)).replace('|', chr(92) + '|')}`"
+
+
+def _answers(row: Mapping[str, Any]) -> tuple[str, str]:
+    """The entries under ANSWERS."""
+    top = f"{_said(row['top_answer'])} {row['top_share']:.1f}" if row["top_answer"] else ""
+    return top, f"{row['refused_share']:.1f}"
+
+
 def _number(value: float, digits: int = 1) -> str:
     return "" if math.isnan(value) else f"{value:.{digits}f}".removesuffix(".00")
 
@@ -303,8 +401,8 @@ def _cell(row: Mapping[str, float], name: str) -> str:
     value, low, high = row[name], row[f"{name}_low"], row[f"{name}_high"]
     if math.isnan(value):
         return ""
-    digits = 0 if abs(value) >= 1000 else 2 if name in ("turns", "searches", "crops", "pages", "noise_pages",
-                                                          "seconds") else 1  # fmt: skip
+    digits = 0 if abs(value) >= 1000 else 2 if name in ("turns", "searches", "crops", "crop_iou", "pages",
+                                                          "noise_pages", "seconds") else 1  # fmt: skip
     return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 

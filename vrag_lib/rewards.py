@@ -16,7 +16,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from vrag_lib.actions import ActionKind
-from vrag_lib.judge import Judge, rule_judge
+from vrag_lib.judge import Judge, rule_judge, verdicts
 from vrag_lib.trajectory import Trajectory
 
 
@@ -65,11 +65,13 @@ def retrieval_reward(trajectory: Trajectory) -> float:
     return ndcg(trajectory.shown_pages, trajectory.gold_page_ids)
 
 
-def answer_reward(trajectory: Trajectory, judge: Judge = rule_judge) -> float:
-    """1 if the trajectory answered and the judge accepts it, else 0. Without an answer the judge is not asked."""
-    if trajectory.answer is None:
-        return 0.0
-    return float(judge(trajectory.question, trajectory.reference_answer, trajectory.answer))
+def answer_rewards(trajectories: Sequence[Trajectory], judge: Judge = rule_judge) -> list[float]:
+    """For each trajectory 1 if it answered and the judge accepts it, else 0; NaN where the judge gave no verdict.
+    Without an answer the judge is not asked."""
+    items = [(t.question, t.reference_answer, t.answer) for t in trajectories if t.answer is not None]
+    given = iter(verdicts(judge, items))
+    said = [False if t.answer is None else next(given) for t in trajectories]
+    return [math.nan if verdict is None else float(verdict) for verdict in said]
 
 
 def pattern_reward(trajectory: Trajectory) -> float:
@@ -77,11 +79,29 @@ def pattern_reward(trajectory: Trajectory) -> float:
     return float(trajectory.answer is not None and trajectory.count(ActionKind.SEARCH) > 0)
 
 
+@dataclass(frozen=True)
+class Scorer:
+    """Gives trajectories their named rewards, each as (score, weight); a closed gate sets every weight to 0."""
+
+    recipe: RewardRecipe = RECIPES["paper"]
+    judge: Judge = rule_judge
+
+    def __call__(self, trajectory: Trajectory) -> Trajectory:
+        return self.many([trajectory])[0]
+
+    def many(self, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
+        """All of them, the judge asked about all answers together."""
+        scored = []
+        for trajectory, answer in zip(trajectories, answer_rewards(trajectories, self.judge), strict=True):
+            pattern = pattern_reward(trajectory)
+            is_open = not self.recipe.gate or pattern > 0
+            weights = (self.recipe.retrieval, self.recipe.answer, self.recipe.pattern) if is_open else (0.0, 0.0, 0.0)
+            scores = (retrieval_reward(trajectory), answer, pattern)
+            names = ("retrieval", "answer", "pattern")
+            scored.append(trajectory.with_rewards({n: (s, w) for n, s, w in zip(names, scores, weights, strict=True)}))
+        return scored
+
+
 def score(trajectory: Trajectory, recipe: RewardRecipe = RECIPES["paper"], judge: Judge = rule_judge) -> Trajectory:
-    """The trajectory with its named rewards, each as (score, weight); a closed gate sets every weight to 0."""
-    pattern = pattern_reward(trajectory)
-    is_open = not recipe.gate or pattern > 0
-    weights = (recipe.retrieval, recipe.answer, recipe.pattern) if is_open else (0.0, 0.0, 0.0)
-    scores = (retrieval_reward(trajectory), answer_reward(trajectory, judge), pattern)
-    names = ("retrieval", "answer", "pattern")
-    return trajectory.with_rewards({n: (s, w) for n, s, w in zip(names, scores, weights, strict=True)})
+    """One trajectory as `Scorer` gives it its rewards."""
+    return Scorer(recipe, judge)(trajectory)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vrag_lib.config import provenance
+from vrag_lib.provenance import provenance
 from vrag_lib.rendering import write_atomically
 from vrag_lib.scale_evaluate import evaluate_policy, write_evaluation
 from vrag_lib.scale_loop import in_processes
@@ -22,8 +23,31 @@ TARGETS = {("crop", "all"): 0.95, ("region", "all"): 0.85, ("title", "all"): 0.9
 CEILING = {("page", "table and chart"): 0.50}
 """What it must not exceed, or looking closer would not pay."""
 
-_HELD_OUT = ("validation", "held out")
+_HELD_OUT = "validation "
 """How the columns of a curve begin that were measured on pages never trained on."""
+
+_PANELS = {
+    "loss": r"loss",
+    "losses of heads": r"gaze_loss_.*",
+    "losses of names and places": r"(naming|place)_loss",
+    "value from the crop of its region": r"crop .*",
+    "value from a crop of several regions": r"several .*",
+    "value from the whole page": r"page .*",
+    "boxes: region exact, overlap IoU ≥ 0.5": r"region|overlap",
+    "titles, names, items, lines of text": r"title|name|items|line|text",
+    "words of a question": r"about|column|copy|measure",
+    "value from a later image": r"later .*",
+    "value in a sentence": r"told .*",
+    "heads that look words up": r"naming_gaze_.*|found_.*",
+    "heads of layers 0 and 1 that look right": r"gaze_[01]\..*",
+    "heads of layers 2 and 3 that look right": r"gaze_[23]\..*",
+    "cells: characters told": r"(.* )?characters",
+    "cells: digits told": r"(.* )?digits",
+    "cells: words told and found": r"(.* )?words|found",
+    "cells: places and boxes told": r"neighbours|positions|boxes",
+    "pairs told apart": r".*_finds_.*",
+}
+"""Panels of a training curve's figure: title and what the names of its columns look like. Few lines each."""
 
 _NAMES = {
     "crop": "value from the crop of its region",
@@ -59,8 +83,8 @@ def make_policy(
 
 
 def draw_curves(folder: Path) -> list[Path]:
-    """Beside every training curve (CSV with a `step` and a `loss`) of a folder its figure: loss, rates on the training
-    steps, rates on held-out pages."""
+    """Beside every training curve (CSV with a `step` and a `loss`) of a folder its figure: loss and rates, panel by
+    panel, of the training steps solid and on held-out pages dashed."""
     import pandas as pd
 
     from vrag_lib.plots import curves_figure, save_figure
@@ -70,19 +94,26 @@ def draw_curves(folder: Path) -> list[Path]:
         table = pd.read_csv(path)
         if not {"step", "loss"} <= set(table.columns):
             continue
-        others = [name for name in table.columns if name not in ("step", "loss", "validation loss", "seconds")]
-        held_out = [name for name in others if name.startswith(_HELD_OUT)]
-        looking = [name for name in others if "gaze" in name or name.endswith("found")]
-        panels = {
-            "loss": [name for name in ("loss", "validation loss") if name in table],
-            "right on training steps": [name for name in others if name not in (*held_out, *looking)],
-            "heads that look where they should": [name for name in looking if name not in held_out],
-            "right on held-out pages": held_out,
-        }
-        panels = {title: names for title, names in panels.items() if names}
-        figure = curves_figure(table, panels, width=5 * len(panels))
+        table = table.rename(columns=_one_name)
+        names = dict.fromkeys(name.removeprefix(_HELD_OUT) for name in table.columns)
+        panels = {title: [name for name in names if re.fullmatch(form, name)] for title, form in _PANELS.items()}
+        panels = {title: sorted(chosen) for title, chosen in panels.items() if chosen}
+        across = -(-len(panels) // -(-len(panels) // 4))  # rows of 4 at most, equally long
+        figure = curves_figure(table, panels, width=3.6 * across, across=across, twin=_HELD_OUT)
+        if any(name.startswith(_HELD_OUT) for name in table.columns):
+            figure.suptitle("solid: on the training steps; dashed, or a dot: on held-out pages", fontsize=9)
         drawn.append(save_figure(figure, path.with_suffix(".png")))
     return drawn
+
+
+def _one_name(column: str) -> str:
+    """Columns of held-out text by em, as they have been called, under the name that all held-out ones begin with.
+
+    >>> _one_name("chars_em10-13_digits"), _one_name("held out em 10-13 digits"), _one_name("loss")
+    ('validation em 10-13 digits', 'validation em 10-13 digits', 'loss')
+    """
+    match = re.fullmatch(r"(?:chars_em|held out em )(\d+-\d+)[ _](\w+)", column)
+    return f"{_HELD_OUT}em {match[1]} {match[2]}" if match else column
 
 
 def stage_seconds(results: Path) -> dict[str, int]:
@@ -129,6 +160,7 @@ searching, cropping or answering in tags; its tokenizer has the tags.
 
 ```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
+
 model = AutoModelForImageTextToText.from_pretrained("data/scale_policy", dtype="float32")
 processor = AutoProcessor.from_pretrained("data/scale_policy")
 ```

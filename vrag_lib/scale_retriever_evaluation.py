@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vrag_lib import config
 from vrag_lib.minidocs import MiniDocs, MiniDocsConfig
+from vrag_lib.provenance import provenance
 from vrag_lib.stats import bootstrap_mean
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def evaluate_retriever(
     summary |= (
         {"engine": engine, "dtype": dtype, "parameters": count_parameters(model)}
         | summarise(rows)
-        | {"provenance": config.provenance(seed)}
+        | {"provenance": provenance(seed)}
     )
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)

@@ -4,8 +4,9 @@
                           samples_per_question=2, seed=0)
 
 The samples are cut into shards, `samples-00000.parquet` and so on, in the order of the questions. A shard is written
-while its trajectories end; after a kill the same call samples what is missing and nothing twice. `settings.json` says
-what the samples depend on, so that samples of different settings never mix.
+while its trajectories end; after a kill the same call samples what is missing and nothing twice, except what failed
+for want of an endpoint, a search engine or a page. `settings.json` says what the samples depend on, so that samples of
+different settings never mix.
 
 Deviations from the released code: trajectories come out of the environment that the policy will be trained in, with
 its images, budget and boxes, not out of a pipeline of their own (trap T8); finished samples are kept as they end (S8)
@@ -16,7 +17,6 @@ asks for it (T20).
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import threading
 import time
@@ -30,10 +30,11 @@ from typing import Any
 
 from tqdm import tqdm
 
+from vrag_lib.claims import claim, text_fingerprint
 from vrag_lib.config import EnvironmentConfig
 from vrag_lib.corpus import Corpus, Question
 from vrag_lib.policy import Policy
-from vrag_lib.rendering import read_json, write_atomically
+from vrag_lib.rendering import read_json
 from vrag_lib.retrieval import Retriever
 from vrag_lib.rollout import rollout, trajectory_id
 from vrag_lib.trajectory import StopReason, Trajectory, read_trajectories, write_trajectories
@@ -48,9 +49,24 @@ SAVE_SECONDS = 5.0
 
 _SETTINGS = "settings.json"
 
+_DROPPED = ("more.synthesis.concurrency", "more.synthesis.trajectories", "more.synthesis.rl_questions",
+            "more.synthesis.dataset_path", "more.policy_settings.base_url")  # fmt: skip
+"""What earlier versions wrote into it and no sample depends on."""
+
+OF_THE_MODEL = frozenset({"refusal", "too_large"})
+"""Kinds of failure that are the model's own doing and so a result; to sample again until they are gone would flatter
+it. All others (an endpoint, a search engine, a page file) say nothing about it."""
+
 
 class SynthesisError(ValueError):
     """A folder or a set of questions that cannot be sampled into; the message names the remedy."""
+
+
+class SamplingError(RuntimeError):
+    """Every sample failed, so there is no result; the message says how and what to do."""
+
+    exit_status = 1
+    """Of the command line: what was asked for was right, the run was not."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +92,7 @@ def sample(
     batch_size: int = 8,
     max_sampled_tokens: int | None = None,
     oracle: bool = False,
-    retry_errors: bool = False,
+    retry_errors: bool = True,
     run_id: str = "",
     preset: str = "",
     settings: Mapping[str, Any] | None = None,
@@ -86,13 +102,15 @@ def sample(
     workers: shards sampled at once, each in a thread; for policies that wait for a network and can be called from
         several threads. Neither it nor `batch_size` changes the trajectories or their order.
     oracle: show the gold pages first if they rank at all (`experts.GoldFirstRetriever`, trap T20).
-    retry_errors: sample those again whose policy or search failed; they stay as they are otherwise.
+    retry_errors: sample those again that failed earlier, but not by the model's own doing (`OF_THE_MODEL`): an
+        endpoint that was away must not leave wrong answers for good.
     run_id: enters every trajectory's id; made of policy, oracle and seed when empty.
     settings: more that the samples depend on and names do not tell (temperatures, models), as plain JSON.
 
     What a policy or a search engine does wrong ends up as `error` trajectories, see `count_errors`. Raises
-    SynthesisError for a folder with samples of other settings, for no samples, and for a uid that occurs twice; an
-    exception of the policy itself is passed on once the other workers' shards are written.
+    SynthesisError for a folder with samples of other settings, for no samples, and for a uid that occurs twice;
+    SamplingError, once all is written, when nothing but failures that are not the model's own came of it; an exception
+    of the policy itself is passed on once the other workers' shards are written.
     """
     _check(questions, samples_per_question, workers)
     folder = Path(folder)
@@ -101,7 +119,7 @@ def sample(
         folder,
         {
             "policy": policy.name,
-            "questions": _fingerprint([(q.uid, q.query, q.reference_answer, q.gold_page_ids) for q in questions]),
+            "questions": text_fingerprint([(q.uid, q.query, q.reference_answer, q.gold_page_ids) for q in questions]),
             "corpus": corpus.fingerprint,
             "retriever": retriever.name,
             "environment": asdict(environment),
@@ -138,9 +156,7 @@ def sample(
 
     _fill(shards, roll, retriever, workers, oracle, retry_errors)
     trajectories = [trajectory for shard in shards for trajectory in shard.trajectories()]
-    errors = count_errors(trajectories)
-    if errors:
-        logger.warning("%d of %d samples failed: %s", sum(errors.values()), len(trajectories), errors)
+    _report_errors(trajectories, folder)
     return trajectories
 
 
@@ -157,8 +173,29 @@ def read_samples(folder: str | Path) -> list[Trajectory]:
 
 def count_errors(trajectories: Iterable[Trajectory]) -> dict[str, int]:
     """How many trajectories failed, by kind: what stands before the colon of their error, the commonest first."""
-    errors = [t.error.partition(":")[0] for t in trajectories if t.stop_reason is StopReason.ERROR]
+    errors = [_kind(t) for t in trajectories if t.stop_reason is StopReason.ERROR]
     return dict(Counter(errors).most_common())
+
+
+def _kind(trajectory: Trajectory) -> str:
+    return trajectory.error.partition(":")[0]
+
+
+def may_pass(trajectory: Trajectory) -> bool:
+    """Whether a trajectory failed in a way that is not the model's own, so that another try may succeed."""
+    return trajectory.stop_reason is StopReason.ERROR and _kind(trajectory) not in OF_THE_MODEL
+
+
+def _report_errors(trajectories: Sequence[Trajectory], folder: Path) -> None:
+    errors = count_errors(trajectories)
+    if not errors:
+        return
+    if all(map(may_pass, trajectories)):
+        raise SamplingError(
+            f"all {len(trajectories)} samples failed: {errors}; the first: {trajectories[0].error}. They lie in "
+            f"{folder}. Put right what failed and run the same again: failed samples are then made anew"
+        )
+    logger.warning("%d of %d samples failed: %s", sum(errors.values()), len(trajectories), errors)
 
 
 def sample_seeds(seed: int, uid: str, count: int) -> list[int]:
@@ -191,33 +228,9 @@ def _tasks(questions: Sequence[Question], count: int, seed: int, run_id: str) ->
 
 def _claim(folder: Path, settings: dict[str, Any]) -> None:
     """Write what the samples depend on, or make sure that it is what those already there depend on."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / _SETTINGS
-    settings = json.loads(json.dumps(settings)) | {"fingerprint": _fingerprint(settings)}
-    present = read_json(path)
-    if present is None:
-        if any(folder.glob("samples-*.parquet")):
-            raise SynthesisError(f"{folder} holds samples but no readable {_SETTINGS}; give another folder")
-        write_atomically(path, (json.dumps(settings, indent=1) + "\n").encode())
-        return
-    if present == settings:
-        return
-    there, here = _flat(present), _flat(settings)
-    differing = sorted(key for key in there.keys() | here.keys() if there.get(key) != here.get(key))
-    listed = ", ".join(f"{key}={there.get(key)!r} not {here.get(key)!r}" for key in differing if key != "fingerprint")
-    raise SynthesisError(f"{folder} holds samples of other settings: {listed}; give another folder or those settings")
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
-def _fingerprint(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+    if read_json(folder / _SETTINGS) is None and any(folder.glob("samples-*.parquet")):
+        raise SynthesisError(f"{folder} holds samples but no readable {_SETTINGS}; give another folder")
+    claim(folder, settings, _SETTINGS, SynthesisError, _DROPPED)
 
 
 class _Shard:
@@ -230,11 +243,11 @@ class _Shard:
         self._unsaved = False
 
     def missing(self, retry_errors: bool) -> list[_Task]:
-        """Tasks without a trajectory, and if asked those whose trajectory failed."""
+        """Tasks without a trajectory, and if asked those whose trajectory failed and may yet succeed."""
 
         def is_done(task: _Task) -> bool:
             done = self._done.get(task.id)
-            return done is not None and not (retry_errors and done.stop_reason is StopReason.ERROR)
+            return done is not None and not (retry_errors and may_pass(done))
 
         return [task for task in self.tasks if not is_done(task)]
 

@@ -36,8 +36,8 @@ from typing import Any
 from tqdm import tqdm
 
 from vrag_lib.actions import ActionKind
-from vrag_lib.config import provenance
-from vrag_lib.corpus import Corpus, Question
+from vrag_lib.corpus import Corpus, Question, document_stem
+from vrag_lib.provenance import provenance
 from vrag_lib.rendering import read_json, write_atomically
 from vrag_lib.synthesis_filters import Funnel
 from vrag_lib.trajectory import ImageRef, Trajectory, Turn
@@ -200,26 +200,29 @@ def _json(value: Any) -> bytes:
 def split_questions(
     questions: Sequence[Question], n_rl: int, seed: int
 ) -> tuple[tuple[Question, ...], tuple[Question, ...]]:
-    """Questions for SFT and `n_rl` questions for reinforcement learning that share no document, both in the order
-    given. Whole documents are drawn for the latter; the few questions they have beyond `n_rl` belong to neither part.
+    """Questions for SFT and `n_rl` questions for reinforcement learning that share no document, however its name is
+    written, both in the order given. Whole documents are drawn for the latter; the few questions they have beyond
+    `n_rl` belong to neither part.
 
     Raises ValueError when a question names no document, or there are too few questions or documents for both parts.
     """
+    remedy = "draw them from more documents, or set fewer apart (synthesis.rl_questions)"
     nameless = next((question.uid for question in questions if not question.file_name), None)
     if nameless is not None:
         raise ValueError(f"question {nameless!r} names no document, so it cannot be kept apart from others")
     if not 0 <= n_rl < len(questions):
-        raise ValueError(f"cannot set {n_rl} of {len(questions)} questions apart; draw them from more documents")
-    documents = sorted({question.file_name for question in questions})
+        raise ValueError(f"cannot set {n_rl} of {len(questions)} questions apart; {remedy}")
+    counts = Counter(document_stem(question.file_name) for question in questions)
+    documents = sorted(counts)
     random.Random(seed).shuffle(documents)
-    counts = Counter(question.file_name for question in questions)
     apart: set[str] = set()
     while sum(counts[document] for document in apart) < n_rl:
         apart.add(documents.pop())
     if not documents:
-        raise ValueError(f"{n_rl} of {len(questions)} questions take all documents; draw them from more documents")
-    rl = [question for question in questions if question.file_name in apart]
-    return tuple(question for question in questions if question.file_name not in apart), tuple(rl[:n_rl])
+        raise ValueError(f"{n_rl} of {len(questions)} questions take all documents; {remedy}")
+    sft = [question for question in questions if document_stem(question.file_name) not in apart]
+    rl = [question for question in questions if document_stem(question.file_name) in apart]
+    return tuple(sft), tuple(rl[:n_rl])
 
 
 def write_card(
@@ -232,12 +235,13 @@ def write_card(
     exported: Sequence[Exported] = (),
     title: str = "Cold-start trajectories",
     about: str = "",
+    experts: Mapping[str, Any] | None = None,
 ) -> Path:
     """README.md in `folder`: who wrote the trajectories, counts, funnel, seeds and provenance.
 
     questions: all that were sampled, so that the card shows which kinds of them are missing among `trajectories`.
     seed: of the sampling run. exported: what was written for other tools.
-    about: a paragraph on how the experts worked together, in words.
+    about: a paragraph on how the experts worked together, in words. experts: what they did (`expert_record`).
     """
     path = Path(folder) / "README.md"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -257,6 +261,7 @@ def write_card(
             ["policy", "run", "preset", "trajectories"],
             [[*run, count] for run, count in sorted(runs.items())],
         ),
+        *_expert_tables(experts or {}),
         "## What became of the samples",
         _table(
             ["stage", "kept", "dropped", "kept of all sampled"],
@@ -279,6 +284,34 @@ def write_card(
     ]
     write_atomically(path, ("\n\n".join(part for part in parts if part) + "\n").encode())
     return path
+
+
+def _expert_tables(record: Mapping[str, Any]) -> list[str]:
+    """What became of boxes or replies, and what endpoints were asked, failed at and cost; nothing where not counted."""
+    if not record:
+        return []
+    counts = [[name.replace("_", " "), count] for name, count in record["counts"].items()]
+    counts += [[f"box failed: {kind}", count] for kind, count in record["failed_boxes"].items()]
+    columns = ("name", "requests", "cache_hits", "prompt_tokens", "completion_tokens", "cost")
+    rows = [
+        [
+            role,
+            *(expert.get(column, 0) for column in columns),
+            *(_listed(expert.get(k)) for k in ("failures", "given_up")),
+        ]
+        for role, expert in record["experts"].items()
+        if "requests" in expert
+    ]
+    header = ["expert", *(column.replace("_", " ") for column in columns), "failed attempts", "given up"]
+    return [
+        "What they did, over all runs that were not killed (`experts.json`):",
+        *([_table(["what", "times"], counts)] if counts else []),
+        *([_table(header, rows)] if rows else []),
+    ]
+
+
+def _listed(counts: Mapping[str, int] | None) -> str:
+    return ", ".join(f"{name}: {count}" for name, count in (counts or {}).items()) or "none"
 
 
 def _count_tables(trajectories: Sequence[Trajectory]) -> list[str]:
@@ -320,10 +353,7 @@ def _question_tables(questions: Sequence[Question], answered: Mapping[str, int])
 
 
 def _export_tables(exported: Sequence[Exported]) -> list[str]:
-    rows = [
-        [f"`{e.path.name}`", e.rows, ", ".join(f"{reason}: {n}" for reason, n in e.left_out.items()) or "none"]
-        for e in exported
-    ]
+    rows = [[f"`{e.path.name}`", e.rows, _listed(e.left_out)] for e in exported]
     return [_table(["export", "trajectories", "left out"], rows)] if rows else []
 
 

@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vrag_lib.config import LORA_TARGETS
+from vrag_lib.config import LORA_TARGETS, ConfigError
 from vrag_lib.torch_setup import ensure_torchvision
 
 if TYPE_CHECKING:
     import pandas as pd
     import torch
 
-_STATE, _OPTIMIZER = "trainer_state.json", "optimizer.safetensors"
+_STATE, _OPTIMIZER, _ADAPTER = "trainer_state.json", "optimizer.safetensors", "adapter_config.json"
 
 
 def process_count() -> int:
@@ -72,7 +72,7 @@ def merge_adapter(checkpoint: str | Path, adapter: str | Path, output: str | Pat
     from peft import PeftModel
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    if not (Path(adapter) / "adapter_config.json").is_file():
+    if not (Path(adapter) / _ADAPTER).is_file():
         raise FileNotFoundError(f"{adapter} holds no LoRA adapter; it is the `final` folder of a training run")
     model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype="auto")
     with torch.no_grad():
@@ -80,6 +80,55 @@ def merge_adapter(checkpoint: str | Path, adapter: str | Path, output: str | Pat
     merged.save_pretrained(output)
     AutoProcessor.from_pretrained(checkpoint).save_pretrained(output)
     return Path(output)
+
+
+def check_checkpoint(path: str | Path) -> None:
+    """Raises CheckpointError for a folder that is not there or holds no model; a hub id is left to who loads it."""
+    from vrag_lib.policy_chat import CheckpointError
+
+    folder = Path(path)
+    if folder.is_dir():
+        if not any((folder / name).is_file() for name in ("config.json", _ADAPTER)):
+            raise CheckpointError(f"{path} holds no model: it has neither config.json nor {_ADAPTER}")
+    elif len(folder.parts) != 2 or folder.parent.is_dir() or str(path).startswith((".", "/", "~")):
+        raise CheckpointError(f"{path} is not there; a checkpoint is a folder, or a hub id like Qwen/Qwen2.5-VL-3B")
+
+
+def whole_checkpoint(path: str | Path, merged: Path) -> str | Path:
+    """The checkpoint itself; for a LoRA adapter the model it makes, written to `merged` once. Training that started
+    from an adapter would replace it, and its own adapter would be one of the model below both.
+
+    Raises ConfigError for an adapter that several processes would merge at once.
+    """
+    if not (Path(path) / _ADAPTER).is_file():
+        return path
+    if not (merged / "config.json").is_file():
+        if process_count() > 1:
+            raise ConfigError(f"{path} is an adapter: merge it first, `vrag merge {path} OUT`, and start from OUT")
+        merge_adapter(base_of(path), path, merged)
+    return merged
+
+
+def base_of(adapter: str | Path, named: str | None = None) -> str:
+    """The checkpoint to add an adapter to: the one named, else the one that the adapter says it was trained on.
+
+    Raises ConfigError where there is no adapter, or no whole checkpoint for it.
+    """
+    path = Path(adapter) / _ADAPTER
+    if not path.is_file():
+        if (Path(adapter) / "config.json").is_file():
+            raise ConfigError(f"{adapter} is a whole checkpoint, not a LoRA adapter, and is used as it is")
+        raise ConfigError(f"{adapter} holds no LoRA adapter; name the `final` folder of a training run with LoRA")
+    base = named or json.loads(path.read_text()).get("base_model_name_or_path")
+    if not base:
+        raise ConfigError(f"{path} does not say what the adapter was trained on; `vrag merge --checkpoint` does")
+    if Path(base).is_absolute() and not Path(base).is_dir():
+        raise ConfigError(
+            f"{base}, what {adapter} was trained on, is not there; `vrag merge --checkpoint` says where it is"
+        )
+    if (Path(base) / _ADAPTER).is_file():
+        raise ConfigError(f"{base} is a LoRA adapter, too; merge that one first, then name the model with --checkpoint")
+    return base
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:

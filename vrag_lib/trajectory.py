@@ -134,8 +134,8 @@ class Trajectory:
 
     @property
     def total_reward(self) -> float:
-        """Weighted sum of the rewards."""
-        return sum(score * weight for score, weight in self.rewards.values())
+        """Weighted sum of the rewards: NaN where one that counts is unknown."""
+        return sum(score * weight for score, weight in self.rewards.values() if weight)
 
     @property
     def images(self) -> tuple[ImageRef, ...]:
@@ -144,11 +144,14 @@ class Trajectory:
 
     @property
     def shown_pages(self) -> tuple[str, ...]:
-        """Ids of the pages that were shown, with the question or by a search, in order; crops are not pages."""
+        """Ids of the pages that were shown, with the question or by a search, in the order of their first sight; crops
+        are not pages, and one that is as large as its page shows nothing new."""
         return tuple(
-            page_id
-            for turn in self.turns
-            for page_id in (*(image.page_id for image in turn.images if not image.is_crop), *turn.text_pages)
+            dict.fromkeys(
+                page_id
+                for turn in self.turns
+                for page_id in (*(image.page_id for image in turn.images if not image.is_crop), *turn.text_pages)
+            )
         )
 
     @property

@@ -1,0 +1,41 @@
+"""A folder of results goes on only with the settings that it was made with."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from vrag_lib.claims import ClaimError, claim, depends_on, differences, model_fingerprint
+from vrag_lib.config import load_config
+
+
+def test_the_first_writes_and_others_are_named(tmp_path):
+    claim(tmp_path / "run", {"seed": 0, "config": {"rate": 1.0}})
+    claim(tmp_path / "run", {"seed": 0, "config": {"rate": 1.0, "new": None}})  # None is what a missing one was
+    with pytest.raises(ClaimError, match=r"run holds what was made with other settings: config\.rate=1\.0 not 2\.0"):
+        claim(tmp_path / "run", {"seed": 0, "config": {"rate": 2.0}})
+    with pytest.raises(ClaimError, match="seed=0 not None"):
+        claim(tmp_path / "run", {"config": {"rate": 1.0}})
+    assert json.loads((tmp_path / "run" / "settings.json").read_text()) == {"seed": 0, "config": {"rate": 1.0}}
+
+
+def test_a_fingerprint_of_an_earlier_version_is_no_difference(tmp_path):
+    (tmp_path / "settings.json").write_text('{"seed": 0, "fingerprint": "abc"}')
+    claim(tmp_path, {"seed": 0})
+
+
+def test_what_only_says_how_fast_is_left_out():
+    slow = load_config("laptop", ["grpo.micro_batch_size=2", "policy.batch_size=3", "policy.model=x"])
+    stages = ("grpo", "policy")
+    assert not differences(depends_on(slow, *stages), depends_on(load_config("laptop"), *stages))
+    other = depends_on(load_config("laptop", ["grpo.kl_coefficient=0"]), "grpo")
+    assert differences(other, depends_on(slow, "grpo")) == ["grpo.kl_coefficient=0.0 not 0.01"]
+
+
+def test_a_model_is_known_by_its_weights(tmp_path):
+    for name, weights in (("a", b"1"), ("b", b"1"), ("c", b"2")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(weights)
+    a, b, c = (model_fingerprint(str(tmp_path / name)) for name in "abc")
+    assert a == b != c and model_fingerprint("Qwen/Qwen2.5-VL-3B-Instruct") == "Qwen/Qwen2.5-VL-3B-Instruct"

