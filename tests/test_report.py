@@ -15,7 +15,7 @@ from vrag_lib.matrix import MatrixError, cell_folder
 from vrag_lib.matrix_cells import CELLS
 from vrag_lib.paper_figures import FIGURES, draw_figures
 from vrag_lib.paper_tables import make_tables
-from vrag_lib.report import TEXTS, as_markdown, write_report
+from vrag_lib.report import TEXTS, as_markdown, collapse, gold, legibility, verdicts, write_report
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +36,12 @@ def test_a_table_as_text_or_the_command_that_measures_it():
         assert set(cells) <= set(CELLS)
         if "gold_pages_crop" not in cells:
             assert as_markdown(name, nothing).endswith(f"`vrag reproduce-paper --cells {' '.join(cells)}` does it.")
+
+
+def test_nothing_is_said_of_what_was_not_run():
+    nothing = make_tables({})
+    assert gold(nothing) == legibility(nothing) == collapse(nothing) == ""
+    assert verdicts(nothing["effects"]).startswith("- **not measured** (24 of 24)")
 
 
 def test_the_page_says_what_agrees_and_what_is_missing(written):

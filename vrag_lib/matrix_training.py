@@ -10,7 +10,7 @@ after SFT share their cold start, as the paper has one, unless `cold_starts` ask
 cold start that the repository ships is not trained again where it was made with the same settings from the same data.
 
 Deviations from the paper: see `matrix_cells`. The stage `format`, where there is no SFT, stands in for what an
-instruct model brings along; `gold` does for the bounds, from about as many trajectories as SFT.
+instruct model brings along; `gold` does for agents given the gold pages or regions, from about as many as SFT.
 """
 
 from __future__ import annotations

@@ -207,7 +207,7 @@ def legibility(tables: Mapping[str, pd.DataFrame]) -> str:
 def collapse(tables: Mapping[str, pd.DataFrame]) -> str:
     """Which agents say the same to very many questions, and what follows; nothing where none does."""
     cells = tables["cells"]
-    same = cells[cells["top_share"] > COLLAPSE]
+    same = cells if cells.empty else cells[cells["top_share"] > COLLAPSE]
     if same.empty:
         return ""
     said = [
