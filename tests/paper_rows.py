@@ -39,7 +39,7 @@ def rows_of(right: np.ndarray, seed: int = 0, **columns) -> pd.DataFrame:
         "noise_pages": 0,
     }
     frame = pd.DataFrame(base | columns)
-    return frame.reindex(columns=[*KEPT], fill_value=1.0).assign(seed=seed)
+    return frame.reindex(columns=[*KEPT], fill_value=1.0).assign(seed=seed, cold_start=0)
 
 
 def made_up(questions: int = 80, seeds: int = 3, cells=tuple(CELLS)) -> dict[str, pd.DataFrame]:

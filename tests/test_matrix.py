@@ -140,7 +140,7 @@ def test_finished_cells_are_those_of_the_settings_of_today(path):
     config = cell_config(CELLS[recorded["cell"]["name"]], CONFIG)
     config = dataclasses.replace(config, policy=dataclasses.replace(config.policy, temperature=0.0))
     stages = [stage for stage in recorded["config"] if stage not in ("minidocs", "data_seed", "smoke")]
-    assert "dataset" not in recorded["config"].get("synthesis", {})
+    assert recorded["config"].get("synthesis", {}).get("dataset") is None
     claim(path.parent, recorded | {"config": depends_on(config, *stages)})
     if "synthesis" in stages:
         other = dataclasses.replace(config, synthesis=dataclasses.replace(config.synthesis, dataset="unified"))
@@ -230,7 +230,9 @@ def test_rows_of_a_cell(tmp_path):
     config = small(tmp_path)
     run_matrix(config, ["vanilla_rag_2", "vrag_prompted"], seeds=1)
     rows = read_rows(config)
-    assert list(rows["vanilla_rag_2"].columns) == [*KEPT, "seed"] and set(rows["vanilla_rag_2"]["pages"]) == {2}
+    assert list(rows["vanilla_rag_2"].columns) == [*KEPT, "seed", "cold_start"] and set(
+        rows["vanilla_rag_2"]["pages"]
+    ) == {2}
     acting = rows["vrag_prompted"]
     assert acting["uid"].is_unique and set(acting["first_gold"]) == {0.0, 1.0} and acting["judge"].mean() > 0.3
     assert (acting["gold_page_seen"] >= acting["first_gold"]).all()

@@ -239,3 +239,14 @@ def test_every_table_of_a_whole_matrix():
             known = table[[column, f"{column}_low", f"{column}_high"]].dropna()
             assert (known[f"{column}_low"] <= known[column] + 1e-9).all(), (name, column)
             assert (known[column] <= known[f"{column}_high"] + 1e-9).all(), (name, column)
+
+
+def test_rl_is_compared_with_the_cold_start_it_began_with():
+    """Not with the mean over cold starts that it never saw, nor seed by seed with those of other trainings."""
+    (compared,) = [e for e in ABLATIONS if (e.a, e.b, e.column) == ("sft", "vrag_rl", "accuracy")]
+    sft = pd.concat([rows_of(np.arange(8) < 4, 0), rows_of(np.ones(8), 1), rows_of(np.ones(8), 2)])
+    rl = pd.concat([rows_of(np.arange(8) < 6, seed) for seed in range(3)])
+    row = effects({"sft": sft, "vrag_rl": rl}, [compared]).iloc[0]
+    assert row["difference"] == pytest.approx(-25) and row["seeds"] == "1 / 3"
+    row = effects({"sft": sft, "vrag_rl": rl.assign(cold_start=rl["seed"])}, [compared]).iloc[0]
+    assert row["difference"] == pytest.approx(100 * (0.5 + 1 + 1) / 3 - 75) and row["seeds"] == "3 / 3"

@@ -217,7 +217,8 @@ def states(config: Config, cells: Sequence[str] | None = None, seeds: int = SEED
 
 
 def read_rows(config: Config, cells: Sequence[str] | None = None) -> dict[str, pd.DataFrame]:
-    """The rows of all finished cells, those of each cell's seeds together, with a column `seed`."""
+    """The rows of all finished cells, those of each cell's seeds together, with columns `seed` and, for RL after SFT,
+    `cold_start`: the seed of the SFT that it began with."""
     import pandas as pd
 
     rows = {}
@@ -226,10 +227,11 @@ def read_rows(config: Config, cells: Sequence[str] | None = None) -> dict[str, p
             (path.parent for path in (config.folder("matrix") / cell.name).glob("seed_*/cell.json")),
             key=lambda path: int(path.name.removeprefix("seed_")),
         )
-        parts = [
-            pd.read_parquet(folder / "questions.parquet").assign(seed=int(folder.name.removeprefix("seed_")))
-            for folder in folders
-        ]
+        parts = []
+        for folder in folders:
+            began = read_json(folder / "settings.json").get("cold_start", math.nan)
+            seed = int(folder.name.removeprefix("seed_"))
+            parts.append(pd.read_parquet(folder / "questions.parquet").assign(seed=seed, cold_start=began))
         if parts:
             rows[cell.name] = pd.concat(parts, ignore_index=True)
     return rows

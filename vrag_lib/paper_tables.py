@@ -209,7 +209,7 @@ def effects(rows: Rows, wanted: Sequence[Effect]) -> pd.DataFrame:
         missing = [name for name in (effect.a, effect.b) if name not in rows]
         found = UNKNOWN
         if not missing:
-            found = difference(rows[effect.a], rows[effect.b], effect.column, effect.element)
+            found = difference(*_compared(rows, effect), effect.column, effect.element)
         table.append(
             {
                 "effect": effect.name,
@@ -280,9 +280,24 @@ def basis(first: pd.DataFrame, verdict: str, a: str, b: str, column: str, elemen
     return "both at the bottom" if all(blind) else "built in"
 
 
+def _compared(rows: Rows, effect: Effect) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The rows of both cells; of SFT, beside the RL that went on from it, those of the trainings that it began with."""
+    a, b = rows[effect.a], rows[effect.b]
+    return _begun_with(a, effect.a, b, effect.b), _begun_with(b, effect.b, a, effect.a)
+
+
+def _begun_with(frame: pd.DataFrame, name: str, other: pd.DataFrame, other_name: str) -> pd.DataFrame:
+    start, after = CELLS[name], CELLS[other_name]
+    is_start = (start.chain, after.chain) == ("sft", "sft+grpo") and (
+        (start.data, start.trajectories) == (after.data, after.trajectories)
+    )
+    return frame[frame["seed"].isin(other["cold_start"])] if is_start else frame
+
+
 def _seeds(rows: Rows, effect: Effect) -> str:
-    counts = [str(rows[name]["seed"].nunique()) if name in rows else "-" for name in (effect.a, effect.b)]
-    return " / ".join(counts)
+    if effect.a not in rows or effect.b not in rows:
+        return " / ".join(str(rows[name]["seed"].nunique()) if name in rows else "-" for name in (effect.a, effect.b))
+    return " / ".join(str(frame["seed"].nunique()) for frame in _compared(rows, effect))
 
 
 def _counts(frame: pd.DataFrame) -> dict[str, int]:
