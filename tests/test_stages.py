@@ -80,6 +80,12 @@ def test_cold_start_and_reinforcement_learning_share_no_document(made):
     assert {t.question_id for t in read_trajectories(folder / "trajectories.parquet")} <= {q.uid for q in cold_start}
 
 
+def test_another_judge_may_choose(made):
+    config, train, _ = made
+    with pytest.raises(SynthesisError, match="no trajectory is left"):
+        synthesize(dataclasses.replace(config, results=config.results + "/judged"), train, judge=lambda *item: False)
+
+
 def test_again_changes_nothing(made):
     config, train, folder = made
     before = read_trajectories(folder / "trajectories.parquet")

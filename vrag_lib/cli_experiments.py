@@ -16,11 +16,12 @@ def _synthesize(commands) -> None:
     def run(arguments) -> None:
         from vrag_lib.stages import synthesize
 
-        folder = synthesize(read_config(arguments, experiment=True))
+        config = read_config(arguments, experiment=True)
+        folder = synthesize(config, judge=_judge(arguments, config) if arguments.judge_model else None)
         print((folder / "README.md").read_text())
 
     what = "let experts write trajectories for the cold start, filter and balance them, export them"
-    add_command(commands, "synthesize", run, what)
+    _judge_options(add_command(commands, "synthesize", run, what))
 
 
 def _sft(commands) -> None:

@@ -200,8 +200,9 @@ def make_judge(config: Config) -> Judge:
     return ScriptedJudge(seed=config.seed)
 
 
-def synthesize(config: Config, train: Collection | None = None) -> Path:
-    """Sample trajectories from the experts, filter and balance them, export them; returns the folder.
+def synthesize(config: Config, train: Collection | None = None, judge: Judge | None = None) -> Path:
+    """Sample trajectories from the experts, filter and balance them, export them; returns the folder. `judge` accepts
+    their answers (default: `make_judge`).
 
     `synthesis/samples/` all samples, `trajectories.parquet` those chosen for SFT, `funnel.csv`, `rl_questions.json`,
     `dataset/` (Hugging Face), `llamafactory/`, `experts.json` (what the experts did and cost, where they count it), and
@@ -244,7 +245,7 @@ def synthesize(config: Config, train: Collection | None = None) -> Path:
         experts = keep_record(policy, sampled)
     write_record(experts, folder)
     check_record(experts, policy, sampled)
-    result = filter_trajectories(samples, make_judge(config))
+    result = filter_trajectories(samples, judge or make_judge(config))
     chosen = balance(result.kept, settings.trajectories, config.seed)
     funnel = result.funnel.with_stage("balance", len(chosen))
     funnel.write_csv(folder / "funnel.csv")
