@@ -76,7 +76,7 @@ def trajectory_figure(record: Trajectory, corpus: Corpus, width: float = 11.0) -
     images = [(i, image) for i, turn in enumerate(record.turns) for image in turn.images]
     if not images:
         raise ValueError(f"trajectory {record.id} was shown no image")
-    figure = Figure(figsize=(width, 0.62 * width / min(len(images), 4) + 1.3), layout="constrained")
+    figure = Figure(figsize=(width, 0.62 * width / min(max(len(images), 2), 4) + 1.3), layout="constrained")
     figure.suptitle(_plain(record.question, 110), fontsize=11, fontweight="bold", parse_math=False)
     strip = figure.subfigures()
     said, colour = _verdict(record)
