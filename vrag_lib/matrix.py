@@ -229,7 +229,7 @@ def read_rows(config: Config, cells: Sequence[str] | None = None) -> dict[str, p
         )
         parts = []
         for folder in folders:
-            began = read_json(folder / "settings.json").get("cold_start", math.nan)
+            began = (read_json(folder / "settings.json") or {}).get("cold_start", math.nan)
             seed = int(folder.name.removeprefix("seed_"))
             parts.append(pd.read_parquet(folder / "questions.parquet").assign(seed=seed, cold_start=began))
         if parts:

@@ -281,7 +281,8 @@ def basis(first: pd.DataFrame, verdict: str, a: str, b: str, column: str, elemen
 
 
 def _compared(rows: Rows, effect: Effect) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The rows of both cells; of SFT, beside the RL that went on from it, those of the trainings that it began with."""
+    """The rows of both cells; of SFT, beside the RL that went on from it, those of the trainings that it began with,
+    where that is recorded."""
     a, b = rows[effect.a], rows[effect.b]
     return _begun_with(a, effect.a, b, effect.b), _begun_with(b, effect.b, a, effect.a)
 
@@ -291,7 +292,8 @@ def _begun_with(frame: pd.DataFrame, name: str, other: pd.DataFrame, other_name:
     is_start = (start.chain, after.chain) == ("sft", "sft+grpo") and (
         (start.data, start.trajectories) == (after.data, after.trajectories)
     )
-    return frame[frame["seed"].isin(other["cold_start"])] if is_start else frame
+    begun = other["cold_start"].dropna()
+    return frame[frame["seed"].isin(begun)] if is_start and len(begun) else frame
 
 
 def _seeds(rows: Rows, effect: Effect) -> str:
