@@ -170,7 +170,7 @@ def train_grpo(
     preset: str = "",
     run_id: str = "grpo",
 ) -> Path:
-    """Train a checkpoint on questions; returns `folder/final`, a LoRA adapter (see `training.merge_adapter`) or, with
+    """Train a checkpoint on questions; returns `folder/final`, a LoRA adapter (see `vrag merge`) or, with
     `lora_rank=0`, a checkpoint.
 
     Every optimizer step adds a row to `folder/metrics.csv`, every rollout a file to `folder/trajectories/`. A run that

@@ -150,7 +150,7 @@ def train_sft(
     device: str = "auto",
 ) -> Path:
     """Fine-tune a checkpoint and return `folder/final`: a checkpoint in the precision of the first (by several
-    processes: as trained), or with LoRA an adapter (see `merge_adapter`).
+    processes: as trained), or with LoRA an adapter (see `vrag merge`).
 
     `folder/metrics.csv` gets a row per step: loss, mean_token_accuracy, entropy, grad_norm, learning_rate and, if there
     is validation data, eval_loss and eval_mean_token_accuracy every `save_steps`. A run that was killed goes on from
