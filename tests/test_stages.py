@@ -318,6 +318,10 @@ def test_reinforcement_learning_starts_from_what_a_cold_start_with_lora_makes(ma
     merged = AutoModelForImageTextToText.from_pretrained(starts[0]).state_dict()
     expected = adapted.merge_and_unload().state_dict()
     assert all(torch.allclose(merged[name], value, atol=1e-5) for name, value in expected.items())
+    adapted.save_pretrained(tmp_path / "other")
+    (tmp_path / "other" / "adapter_model.safetensors").write_bytes(b"others")
+    with pytest.raises(ClaimError, match="model="):
+        reinforce(config_of(tmp_path), tmp_path / "other", train)
     with pytest.raises(CheckpointError, match="is a LoRA adapter; `vrag merge"):
         TransformersPolicy.from_pretrained(tmp_path / "adapter", train.corpus)
     monkeypatch.setenv("WORLD_SIZE", "2")

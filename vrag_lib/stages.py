@@ -371,7 +371,6 @@ def reinforce(
     check_checkpoint(checkpoint)
     seed = config.seed if seed is None else seed
     folder = folder or config.folder("grpo") / f"{config.grpo.recipe}_seed_{seed}"
-    checkpoint = whole_checkpoint(checkpoint, folder / "start")
     apart = set_apart(config, train or collection(config, "train"))
     inputs = {
         "model": model_fingerprint(str(checkpoint)),
@@ -382,6 +381,7 @@ def reinforce(
     }
     claim(folder, inputs, INPUTS)
     save_config(config, folder)
+    checkpoint = whole_checkpoint(checkpoint, folder / "start")
     return train_grpo(
         checkpoint,
         apart.questions,

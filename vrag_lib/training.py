@@ -105,7 +105,8 @@ def whole_checkpoint(path: str | Path, merged: Path) -> str | Path:
     if not (merged / "config.json").is_file():
         if process_count() > 1:
             raise ConfigError(f"{path} is an adapter: merge it first, `vrag merge {path} OUT`, and start from OUT")
-        merge_adapter(base_of(path), path, merged)
+        # Not under its name before it is whole: a kill would leave one that looks finished.
+        merge_adapter(base_of(path), path, merged.with_suffix(".partial")).rename(merged)
     return merged
 
 
