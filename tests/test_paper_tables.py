@@ -10,26 +10,10 @@ import pytest
 from paper_rows import made_up, rows_of
 
 from vrag_lib.matrix_cells import CELLS
+from vrag_lib.paper_columns import COLUMNS, TYPES, interval, seeds_spread
+from vrag_lib.paper_effects import MEASURED, basis, difference, effects, illegible, verdict
 from vrag_lib.paper_numbers import ABLATIONS, EFFECTS, PAPER_BY_TYPE, PAPER_OVERALL, PAPER_TABLE_2, Effect
-from vrag_lib.paper_tables import (
-    COLUMNS,
-    MEASURED,
-    TYPES,
-    basis,
-    difference,
-    effects,
-    figure_3,
-    figure_5,
-    figure_6,
-    illegible,
-    interval,
-    make_tables,
-    seeds_spread,
-    table_1,
-    table_2,
-    table_3,
-    verdict,
-)
+from vrag_lib.paper_tables import figure_3, figure_5, figure_6, make_tables, summary, table_1, table_2, table_3
 from vrag_lib.stats import crossed_difference, crossed_mean, holm, paired_difference
 
 
@@ -186,15 +170,26 @@ def test_what_an_effect_rests_on():
     bottom, top = rows_of(np.zeros(8)), rows_of(np.ones(8))
     first = table_1({"gold_pages": bottom, "gold_regions": top})
     assert illegible(first) and illegible(first, "layout") and not illegible(first[:1]) and not illegible(first[:0])
-    assert basis(first, "agrees", "vrag_rl", "search_r1", "accuracy", "text") == "built in"
-    assert basis(first, "disagrees", "react", "react_text", "accuracy", "") == "built in"
-    assert basis(first, "not resolved", "search_r1", "react", "accuracy", "") == "both at the bottom"
-    assert basis(first, "agrees", "vrag_rl", "react", "first_gold", "") == "measured"
-    assert basis(first, "agrees", "vrag_rl", "vrag_answer_only", "accuracy", "") == "measured"
-    assert basis(first, "not measured", "vrag_rl", "search_r1", "accuracy", "") == ""
+    assert basis(first, Effect("", "vrag_rl", "search_r1", "", element="text"), "agrees") == "built in"
+    assert basis(first, Effect("", "react", "react_text", ""), "disagrees") == "built in"
+    assert basis(first, Effect("", "search_r1", "react", ""), "not resolved") == "both at the bottom"
+    assert basis(first, Effect("", "vrag_rl", "react", "", column="first_gold"), "agrees") == "measured"
+    assert basis(first, Effect("", "vrag_rl", "react", "", by_design=True), "disagrees") == "by design"
+    assert basis(first, Effect("", "vrag_rl", "vrag_answer_only", ""), "agrees") == "measured"
+    assert basis(first, Effect("", "vrag_rl", "search_r1", "", by_design=True), "not measured") == ""
     layout = table_1({"gold_pages": rows_of(np.array([0, 0, 0, 1] * 2)), "gold_regions": top})
     assert illegible(layout, "text") and not illegible(layout, "layout") and not illegible(layout)
-    assert basis(layout, "agrees", "vrag_rl", "search_r1", "accuracy", "layout") == "measured"
+    assert basis(layout, Effect("", "vrag_rl", "search_r1", "", element="layout"), "agrees") == "measured"
+
+
+def test_the_summary_shows_the_best_agent_that_cannot_crop():
+    """Chosen by its answers, never one that is given gold pages; the others follow in their order, where they are."""
+    rows = {name: rows_of(np.arange(8) < right) for name, right in
+            (("react", 2), ("sft_rl_search", 3), ("gold_pages", 8), ("vrag_rl", 6), ("sft", 4))}  # fmt: skip
+    table = summary(rows)
+    assert list(table["cell"]) == ["sft_rl_search", "sft", "vrag_rl"]
+    assert list(table["best_without_crop"]) == [True, False, False]
+    assert list(table["accuracy"]) == [37.5, 50.0, 75.0] and summary({}).empty
 
 
 def test_what_is_answered_most_often():

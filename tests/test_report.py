@@ -88,8 +88,12 @@ def test_the_page_says_which_agree_by_construction_and_which_agents_say_one_thin
         assert "| agrees | built in |" in text and "Cells: `vrag_rl`: SFT, RL" in text
         share = 100 * rows["search_r1"]["answered"].mean()
         assert f"- `search_r1` ({CELLS['search_r1'].about}): `Not answerable` in {share:.1f} %" in text
-        assert "likely cause in `search_r1`" in text and "`react`:" not in text.partition("Collapsed")[2][:400]
+        assert (
+            "that is why `search_r1` came to say so was not tested" in text
+            and "`react`:" not in text.partition("Collapsed")[2][:400]
+        )
         assert "no skill, whatever their sign: RL without SFT, no crop: finished; RL without SFT, no crop: inv" in text
+    assert "**In short**, % [95 %]:" in page and "| the best that cannot crop: " in page
     assert "no upper bound: `gold_pages` (0.0 [0.0, 0.0] %) and `gold_pages_crop` (0.0 [0.0, 0.0] %)" in tables
     assert "is 0.25 [0.25, 0.25], of those of `vrag_rl` 0.50 [0.50, 0.50]" in tables
     table = pd.read_csv(config.folder("paper") / "table_1.csv").set_index("cell")

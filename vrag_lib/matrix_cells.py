@@ -93,7 +93,7 @@ _UNTRAINED = (
     Cell("raw", "the policy as it comes, taught no action", formatted=False),
     Cell("no_retrieval", "no page at all (lower bound)", "no_retrieval"),
     *(Cell(f"vanilla_rag_{k}", f"{k} page{'s' * (k > 1)} found with the question", _pages(k)) for k in CONTEXT_PAGES),
-    Cell("vanilla_rag_5_text", "as before, 5 pages as text", "vanilla_rag_5_text"),
+    Cell("vanilla_rag_5_text", "5 pages found with the question, as text", "vanilla_rag_5_text"),
     Cell("react", "searches, not trained to", "react"),
     Cell("react_text", "searches in text, not trained to", "react_text"),
     Cell("vrag_prompted", "searches and crops, not trained to", "vrag_rl"),
@@ -141,6 +141,14 @@ _ABLATIONS = (
     _variant("rl_1000", "SFT on 1,000 trajectories, then RL", trajectories=1000),
     Cell("search_r1_text", "as search_r1, pages as text", "search_r1_text", "grpo", data="search"),
 )  # fmt: skip
+
+FAMILIES = {
+    "reward": ("vrag_rl", "vrag_answer_only", "retrieval_only", "released_code", "no_gate", "invalid_penalised"),
+    "crop": ("vrag_rl", "sft_rl_search", "search_answer_only", "no_crop_same_sft", "padding_8"),
+    "cold start": ("vrag_rl", "rl_1000", "rl_300", "cold_start", "cold_start_paper", "search_r1", "search_r1_text"),
+    "group, KL, horizon": ("vrag_rl", "group_2", "group_10", "no_kl", "horizon_3", "horizon_8"),
+}
+"""The cells that RL trains, by what they vary, each beside the one they vary."""
 
 CELLS: dict[str, Cell] = {cell.name: cell for cell in (*_UNTRAINED, *_TUNED, *_COMPARED, *_ABLATIONS)}
 """Every cell by its name, the cheap ones first: within a seed they are run in this order."""

@@ -15,14 +15,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 from matplotlib.figure import Figure
 
-from vrag_lib.paper_tables import BEHAVIOUR, LESS_IS_BETTER, MEASURED
+from vrag_lib.paper_columns import ELEMENT_KINDS, LESS_IS_BETTER
+from vrag_lib.paper_effects import BEHAVIOUR, MEASURED, NO_EVIDENCE
 from vrag_lib.plots import COLOURS, interval_bars, interval_errors, save_figure
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-BUILT_IN = "agrees, but the sign is built in"
+BUILT_IN = "agrees, but the sign is built in or by design"
 VERDICTS = {
     "agrees": COLOURS[2],
     BUILT_IN: "#68d391",
@@ -36,7 +37,6 @@ PER_QUESTION = {"searches": "difference in searches per question", "seconds": "d
 """Columns of effects that are not in points."""
 
 _GREY = "#a0aec0"
-_ELEMENTS = ("text", "table", "chart", "layout")
 
 
 def draw_figures(folder: str | Path) -> list[Path]:
@@ -66,7 +66,7 @@ def draw_figures(folder: str | Path) -> list[Path]:
 
 def table_1(table: pd.DataFrame) -> Figure:
     """Accuracy by method, overall and by kind of question: one panel each, a row per method."""
-    kinds = ("overall", "single", "multi", *_ELEMENTS)
+    kinds = ("overall", "single", "multi", *ELEMENT_KINDS)
     figure = Figure(figsize=(13, 1.4 + 0.3 * len(table)), layout="constrained")
     axes = figure.subplots(1, len(kinds), sharey=True, width_ratios=[1.7] + [1] * (len(kinds) - 1))
     places = np.arange(len(table))[::-1]
@@ -108,22 +108,25 @@ def table_3(table: pd.DataFrame) -> Figure:
 
 
 def figure_3(table: pd.DataFrame) -> Figure:
-    """Accuracy by pages in context, and with the gold pages, the paper's bound."""
-    figure = Figure(figsize=(6.5, 3.8), layout="constrained")
-    ax = figure.subplots()
+    """Accuracy by pages in context, and with the gold pages, the paper's bound: ours and the paper's each on a scale of
+    its own, for where whole pages cannot be read ours is next to nothing."""
+    figure = Figure(figsize=(8.5, 3.6), layout="constrained")
+    ours, paper = figure.subplots(1, 2)
     found, bound = table[table["pages_given"].notna()], table[table["pages_given"].isna()]
     errors = interval_errors(found, "accuracy")
-    ax.errorbar(found["pages_given"], found["accuracy"], yerr=errors, fmt="o-", color=COLOURS[0], capsize=2,
-                label="here")  # fmt: skip
-    ax.plot(found["pages_given"], found["paper"], "D--", mfc="none", color=COLOURS[1], label="paper (read off)")
+    ours.errorbar(found["pages_given"], found["accuracy"], yerr=errors, fmt="o-", color=COLOURS[0], capsize=2)
+    paper.plot(found["pages_given"], found["paper"], "D--", mfc="none", color=COLOURS[1])
     for row in bound.itertuples():
-        ax.axhline(row.accuracy, color=COLOURS[0], linewidth=1, label="here, gold pages")
-        ax.axhspan(row.accuracy_low, row.accuracy_high, color=COLOURS[0], alpha=0.12)
-        ax.axhline(row.paper, color=COLOURS[1], linewidth=1, linestyle="--", label="paper, bound")
-    ax.set(xlabel="pages in context", ylabel="accuracy, %", title="Figure 3: pages in context", ylim=(0, None))
-    ax.set_xticks(sorted(found["pages_given"]))
-    ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    _plain(ax)
+        ours.axhline(row.accuracy, color=COLOURS[0], linewidth=1, label="gold pages")
+        ours.axhspan(row.accuracy_low, row.accuracy_high, color=COLOURS[0], alpha=0.12)
+        paper.axhline(row.paper, color=COLOURS[1], linewidth=1, linestyle="--", label="bound")
+    for ax, title in ((ours, "here, MiniDocs"), (paper, "paper, read off the picture")):
+        ax.set(xlabel="pages in context", ylabel="accuracy, %", title=title, ylim=(0, None))
+        ax.set_xticks(sorted(found["pages_given"]))
+        if len(bound):
+            ax.legend(fontsize=8, loc="lower right" if ax is paper else "best")
+        _plain(ax)
+    figure.suptitle("Figure 3: pages in context (the scales differ)", fontsize=11)
     return figure
 
 
@@ -138,7 +141,7 @@ def figure_4(table: pd.DataFrame) -> Figure:
 
 def figure_5(table: pd.DataFrame) -> Figure:
     """Accuracy by element, with and without crop."""
-    elements = [element for element in _ELEMENTS if element in set(table["element"])]
+    elements = [element for element in ELEMENT_KINDS if element in set(table["element"])]
     methods = list(dict.fromkeys(table["method"]))
     figure = Figure(figsize=(7.5, 3.8), layout="constrained")
     ax = figure.subplots()
@@ -182,7 +185,7 @@ def figure_6(table: pd.DataFrame) -> Figure:
 def effects(table: pd.DataFrame) -> Figure:
     """Differences with their intervals, coloured by verdict: accuracies and shares in points together, other units in
     axes of their own."""
-    built_in = (table["verdict"] == "agrees") & (table["basis"] == "built in")
+    built_in = (table["verdict"] == "agrees") & table["basis"].isin(NO_EVIDENCE)
     table = table.assign(verdict=table["verdict"].mask(built_in, BUILT_IN))
     return _differences(table, table["column"].map(PER_QUESTION).fillna("difference in points"))
 
@@ -191,12 +194,12 @@ def ablations(table: pd.DataFrame) -> Figure:
     """Differences with their intervals, coloured by better and worse: an axis for each thing that is measured."""
     titles = {name: f"{label}: difference in points" for name, label in MEASURED.items()}
     titles |= {name: f"{title}, fewer is better" for name, title in titles.items() if name in LESS_IS_BETTER}
-    return _differences(table, table["column"].map(titles))
+    return _differences(table, table["column"].map(titles), built_in_marked=True)
 
 
-def _differences(table: pd.DataFrame, titles: pd.Series) -> Figure:
-    """A row per difference of `table`, with its 95 % interval; those with the same of `titles` share axes. A difference
-    of behaviour is marked where an agent collapsed to one answer."""
+def _differences(table: pd.DataFrame, titles: pd.Series, built_in_marked: bool = False) -> Figure:
+    """A row per difference of `table`, with its 95 % interval; those with the same of `titles` share axes. Marked are
+    differences of behaviour where an agent collapsed to one answer and, on demand, signs that are built in."""
     parts = dict(list(table.groupby(titles, sort=False)))
     rows = [len(part) for part in parts.values()]
     figure = Figure(figsize=(9.5, 0.9 + 0.27 * len(table) + 0.55 * len(parts)), layout="constrained")
@@ -209,8 +212,12 @@ def _differences(table: pd.DataFrame, titles: pd.Series) -> Figure:
             ax.plot(row.difference, place, "o", color=colour, ms=5)
         ax.plot(part["paper"], places, "D", mfc="none", color="black", ms=5)
         ax.axvline(0, color="black", linewidth=0.8)
-        marks = part["collapsed"].notna() & part["column"].isin(BEHAVIOUR)
-        ax.set_yticks(places, part["effect"] + marks.map({True: " (collapsed)", False: ""}), fontsize=8)
+        collapsed = part["collapsed"].notna() & part["column"].isin(BEHAVIOUR)
+        marks = collapsed.map({True: " (collapsed)", False: ""})
+        if built_in_marked:
+            certain = part["basis"].isin(NO_EVIDENCE) & (part["verdict"] != "not resolved")
+            marks += certain.map({True: " (built in)", False: ""})
+        ax.set_yticks(places, part["effect"] + marks, fontsize=8)
         ax.set_xlabel(title, fontsize=8)
         ax.tick_params(axis="x", labelsize=8)
         ax.set_ylim(-0.7, len(part) - 0.3)
