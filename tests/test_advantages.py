@@ -138,3 +138,8 @@ def test_a_scope_without_weight_leaves_a_turn_alone():
     advantages = token_advantages({"answer": 2.0, "retrieval": 1.0}, [1, 3, 5], {"retrieval": [0, 1, 0, 0.5, 0, 0]})
     assert advantages.tolist() == [3.0, 2.5, 2.0]
     assert token_advantages({"outcome": -1.0}, []).shape == (0,)
+
+
+def test_no_trajectories_have_no_weights():
+    for normalisation in ("sequence", "token", "constant"):
+        assert len(loss_weights([], normalisation, constant_length=3)) == 0

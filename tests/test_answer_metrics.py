@@ -181,6 +181,7 @@ def test_an_unknown_answer_format_is_named():
         ("[a, b]", "List", "['a', 'b']"),
         ("a; 1,250", "List", "['a', '1,250']"),
         ("rye and wheat", "Str", "rye and wheat"),
+        ("rye" + 50_000 * " " + "and" + 50_000 * "\n" + "wheat", "List", "['rye', 'wheat']"),  # in no time
     ],
 )
 def test_short_answers_are_extracted_by_rule(answer, form, extracted):
@@ -188,7 +189,9 @@ def test_short_answers_are_extracted_by_rule(answer, form, extracted):
 
 
 def test_what_is_a_refusal():
-    for text in (*EVISRAG_REFUSALS, NOT_ANSWERABLE, "It is not stated in the report.", "Unanswerable"):
+    worded = ("It is not stated in the report.", "Unanswerable", "The answer is not answerable", "This can't be answered",
+              "Cannot be determined", "**Not answerable**")  # fmt: skip
+    for text in (*EVISRAG_REFUSALS, NOT_ANSWERABLE, *worded):
         assert is_refusal(text), text
     for text in ("", "no", "none", "not a barn", "0", "information"):
         assert not is_refusal(text), text

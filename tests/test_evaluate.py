@@ -84,6 +84,17 @@ def test_the_gate_zeroes_a_right_answer_without_a_search_and_stands_beside_the_j
     assert (found["ndcg"], found["gold_recall"], found["gold_page_seen"]) == (0, 0, 0)
     assert math.isnan(found["crop_iou"])
 
+    def broken(*_):
+        raise OSError("gone")
+
+    found = row(ONE_REPLY, judge=broken)
+    assert math.isnan(found["judge"]) and found["judge_gated"] == 0
+
+
+def test_an_element_may_be_missing_or_spelt_loosely():
+    kinds = pd.DataFrame({"source_type": [None, "Text , Table", "Chart;Table"]})
+    assert list(by_element(kinds)["element"]) == ["none", "text", "table", "chart", "table"]
+
 
 def test_pages_off_the_gold_ones_are_noise_and_a_late_gold_page_costs_ndcg():
     found = row(["<search>1</search>", "<search>2</search>", "<answer>no</answer>"])

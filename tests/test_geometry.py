@@ -71,6 +71,15 @@ def test_sizes_that_cannot_be_shown_are_refused(width, height):
         shown_size(width, height, LOW, HIGH)
 
 
+@pytest.mark.parametrize("size", [(98, 9800), (9800, 98), (147, 2716), (193, 1), (1, 200)])
+def test_the_thinnest_strips_are_shown_too(size):
+    """Also where a row of cells at their scale is longer than the bounds allow, and never as a shape Qwen refuses."""
+    for low, high in ((80, 96), (4, 16), (4, 1280)):
+        shown = shown_size(*size, low * 784, high * 784)
+        assert shown.tokens <= high and max(shown.width, shown.height) <= 200 * min(shown.width, shown.height)
+        assert (shown.width > shown.height) == (size[0] > size[1])
+
+
 def test_contradicting_bounds_are_refused():
     with pytest.raises(ValueError, match="no image has between"):
         shown_size(100, 100, 2000, 1000)

@@ -133,7 +133,7 @@ def loss_weights(lengths: Sequence[int], normalisation: str, constant_length: in
     elif normalisation == "constant":
         if constant_length is None or constant_length < 1:
             raise ValueError(f"constant normalisation divides by a number of tokens, not by {constant_length}")
-        weights = np.full(len(tokens), 1 / (len(tokens) * constant_length))
+        weights = np.full(len(tokens), 1 / (max(len(tokens), 1) * constant_length))
     else:
         raise ValueError(f"the loss is normalised by sequence, token or constant, not by {normalisation!r}")
     return np.where(trained, weights, 0.0)

@@ -294,12 +294,13 @@ def _is_float(text: str) -> bool:
 # What may follow a refusal: nothing that begins anew, where an answer would stand.
 _REST = r"(?:(?!\bbut\b|\bhowever\b|\.\s|,[^,]*\d)[^;:])*"
 _REFUSAL = re.compile(
-    rf"(?:(?:the|this) question )?(?:it )?(?:is )?(?:not answerable|unanswerable|can ?not be answered)\b{_REST}"
+    rf"(?:the answer is |(?:the|this) question )?(?:(?:it|this) )?(?:is )?"
+    rf"(?:not answerable|unanswerable|(?:can ?not|can['’]t) be (?:answered|determined))\b{_REST}"
     rf"|(?:there is )?no relevant information\b{_REST}"
     rf"|(?:there is )?(?:insufficient|not enough) (?:to answer|information|evidence)\b{_REST}"
     rf"|(?:it (?:is|was) )?not (?:found|given|stated|mentioned|specified)(?: (?:in|on) {_REST})?"
 )
-_LIST_BREAK = re.compile(r"\s*(?:;|\n|,(?!\d{3}\b)|\band\b)\s*", re.IGNORECASE)
+_LIST_BREAK = re.compile(r";|\n|,(?!\d{3}\b)|\band\b", re.IGNORECASE)
 
 
 def is_refusal(answer: str) -> bool:
@@ -308,7 +309,7 @@ def is_refusal(answer: str) -> bool:
     >>> is_refusal("Not answerable."), is_refusal("Not found on the pages shown"), is_refusal("Nottingham")
     (True, True, False)
     """
-    return _REFUSAL.fullmatch(" ".join(answer.lower().split()).rstrip(".")) is not None
+    return _REFUSAL.fullmatch(" ".join(answer.lower().replace("*", "").split()).rstrip(".")) is not None
 
 
 def extract_short_answer(answer: str, answer_format: str) -> str:
@@ -327,7 +328,7 @@ def extract_short_answer(answer: str, answer_format: str) -> str:
     if answer_format == "Int":
         return _clean(answer)
     if answer_format == "List" and not (answer.startswith("[") and _literal_list(answer) is not None):
-        parts = (part.strip("'\" ") for part in _LIST_BREAK.split(answer.strip("[]")))
+        parts = (part.strip().strip("'\" ") for part in _LIST_BREAK.split(answer.strip("[]")))
         return repr([part for part in parts if part])
     return answer
 

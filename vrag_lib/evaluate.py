@@ -89,7 +89,7 @@ def evaluate_trajectories(
     verdicts = _verdicts(judge, trajectories, asked)
     rows = []
     for trajectory, question, verdict in zip(trajectories, asked, verdicts, strict=True):
-        judged = {"judge": verdict, "judge_gated": verdict * pattern_reward(trajectory)}
+        judged = {"judge": verdict, "judge_gated": verdict if pattern_reward(trajectory) else 0.0}
         if hasattr(judge, "scores"):
             item = (question.query, question.reference_answer, trajectory.answer)
             judged["judge_score"] = judge.scores.get(item, math.nan)
@@ -174,7 +174,7 @@ def crop_iou(trajectory: Trajectory, question: Question) -> float:
 def by_element(frame: pd.DataFrame) -> pd.DataFrame:
     """The rows once per element that their evidence lies in (`element`: text, table, chart, figure, layout), as the
     paper's Table 1 counts MMLongBench-Doc, whose questions name several; `none` where nothing is named."""
-    elements = frame["source_type"].str.lower().str.split(r",\s*")
+    elements = frame["source_type"].fillna("").astype(str).str.lower().str.strip().str.split(r"\s*[,;]\s*")
     named = elements.map(lambda names: list(dict.fromkeys(ELEMENTS.get(name, name) or "none" for name in names)))
     return frame.assign(element=named).explode("element", ignore_index=True)
 

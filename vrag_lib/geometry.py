@@ -23,7 +23,10 @@ PATCH = 28
 """Side in pixels of one vision token of Qwen2-VL and Qwen2.5-VL after its 2x2 merge of 14-pixel patches."""
 
 MAX_ASPECT = 20.0
-"""Longest permitted ratio of a crop's sides; a thinner box is widened. Qwen's processor refuses ratios above 200."""
+"""Longest permitted ratio of a crop's sides; a thinner box is widened."""
+
+MAX_SHOWN_ASPECT = 200
+"""Longest ratio of the sides of what is shown, and the longest that Qwen's processor takes."""
 
 MIN_CROP_SIDE = 28
 """Least side of a crop in shown pixels of the image it was named on; a smaller box grows about its centre."""
@@ -100,14 +103,16 @@ def shown_size(width: float, height: float, min_pixels: int, max_pixels: int) ->
     >>> shown_size(1280, 720, 256 * 28 * 28, 512 * 28 * 28)
     Size(width=840, height=476)
 
-    Raises ValueError for a side below 1, an aspect ratio above 200 (Qwen's own limit) or bounds that contradict.
+    Raises ValueError for a side below 1, an aspect ratio above MAX_SHOWN_ASPECT or bounds that contradict.
     """
     if not 0 < min_pixels <= max_pixels or max_pixels < PATCH * PATCH:
         raise ValueError(f"no image has between {min_pixels} and {max_pixels} pixels and sides of 28 or more")
     if not (math.isfinite(width) and math.isfinite(height)) or min(width, height) < 1:
         raise ValueError(f"an image of {width} x {height} pixels cannot be shown")
-    if max(width, height) / min(width, height) > 200:
-        raise ValueError(f"aspect ratio of {width} x {height} is above 200, which Qwen's processor refuses")
+    if max(width, height) / min(width, height) > MAX_SHOWN_ASPECT:
+        raise ValueError(
+            f"aspect ratio of {width} x {height} is above {MAX_SHOWN_ASPECT}, which Qwen's processor refuses"
+        )
     area = width * height
     scale = math.sqrt(min(max(area, min_pixels), max_pixels) / area)
     columns, rows = width * scale / PATCH, height * scale / PATCH
@@ -115,14 +120,15 @@ def shown_size(width: float, height: float, min_pixels: int, max_pixels: int) ->
     best = None
     for r in {max(1, math.floor(rows)), math.ceil(rows)}:
         for c in {max(1, math.floor(columns)), math.ceil(columns), max(1, math.floor(high / r))}:
-            if c * r > high:
+            if c * r > high or max(c, r) > MAX_SHOWN_ASPECT * min(c, r):
                 continue
             distortion = abs(math.log(c / r * height / width))
             key = (c * r < low, round(distortion, 9), -c * r)
             if best is None or key < best[0]:
                 best = (key, Size(c * PATCH, r * PATCH))
-    if best is None:
-        raise ValueError(f"{width} x {height} cannot be shown in {max_pixels} pixels with sides multiples of 28")
+    if best is None:  # a strip so thin that even one row or column of cells is too long: as long as it may be
+        long = PATCH * min(math.floor(high), MAX_SHOWN_ASPECT)
+        return Size(long, PATCH) if width > height else Size(PATCH, long)
     return best[1]
 
 

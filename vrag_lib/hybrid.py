@@ -77,7 +77,7 @@ def fuse_rankings(rankings: Sequence[Sequence[Hit]], k: int = 60, weights: Seque
     ['b', 'a', 'c']
     """
     sums: dict[str, float] = {}
-    for ranking, weight in zip(rankings, weights or [1.0] * len(rankings), strict=True):
+    for ranking, weight in zip(rankings, [1.0] * len(rankings) if weights is None else weights, strict=True):
         for rank, hit in enumerate(ranking, start=1):
             sums[hit.page_id] = sums.get(hit.page_id, 0.0) + weight / (k + rank)
     return [Hit(page_id, score) for page_id, score in sorted(sums.items(), key=lambda item: (-item[1], item[0]))]
@@ -119,7 +119,7 @@ class ScoreFusionRetriever:
     ) -> None:
         self.page_ids = _common_pages(retrievers)
         self.name = name or "sum(" + "+".join(retriever.name for retriever in retrievers) + ")"
-        self._retrievers, self._weights = tuple(retrievers), weights or [1.0] * len(retrievers)
+        self._retrievers, self._weights = tuple(retrievers), [1.0] * len(retrievers) if weights is None else weights
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
         """For each query the best `k` pages; every retriever ranks all pages for it."""

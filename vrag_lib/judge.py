@@ -11,6 +11,7 @@ import logging
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 from typing import NamedTuple
 
 logger = logging.getLogger(__name__)
@@ -21,19 +22,27 @@ Judge = Callable[[str, str, str], bool]
 MAX_ANSWER_CHARS = 400
 """Answers are asked to be short; one above this is wrong whatever it contains."""
 
-_SCALES = {"thousand": 1e3, "million": 1e6, "billion": 1e9, "trillion": 1e12}
-_SHORT_SCALES = {"k": 1e3, "m": 1e6, "bn": 1e9}
+_SCALES = {"dozen": 12, "hundred": 10**2, "thousand": 10**3, "lakh": 10**5, "million": 10**6, "mn": 10**6, "mln": 10**6,
+           "crore": 10**7, "billion": 10**9, "bn": 10**9, "bln": 10**9, "trillion": 10**12, "tn": 10**12}  # fmt: skip
+_SHORT_SCALES = {"k": 10**3, "m": 10**6, "b": 10**9}
 """Only where they touch the number: 5m is five million, 5 m are metres."""
 
-_NUMBER = re.compile(r"([-+]?)\s*([$€£¥]?)\s*([-+]?)(\d{1,3}(?:,\d{3})+|\d+)(\.\d+)?(%?)(?:(\s*)([^\d,;]+))?")
-_UNIT_NAMES = {"percent": "%", "dollar": "$", "usd": "$", "euro": "€", "eur": "€", "pound": "£", "gbp": "£", "yen": "¥"}
+_NUMBER = re.compile(
+    r"([-+]?)\s*((?:us\$|usd|eur|gbp|[$€£¥])?)\s*([-+]?)(?=\.?\d)(\d{1,3}(?:,\d{3})+|\d*)(\.\d+)?(%?)"
+    r"(?:(\s*)(\D[^,;]*))?"
+)
+_UNIT_NAMES = {"percent": "%", "pct": "%", "dollar": "$", "usd": "$", "us$": "$", "euro": "€", "eur": "€",
+               "pound": "£", "gbp": "£", "yen": "¥"}  # fmt: skip
 _NO_UNIT = frozenset("a an and the but or not no maybe perhaps possibly probably if unless either neither".split())  # noqa: SIM905
 _MOST_UNIT_WORDS = 4
-_UNIT_WORD = re.compile(r"[%$€£¥°]|°?[^\W\d_]+(?:[./'’-][^\W\d_]+)*\.?")
+_UNIT_WORD = re.compile(r"[%$€£¥°]|°?[^\W\d_]+(?:[./'-][^\W\d_]+)*(?:\^?[23])?\.?")
 _ARTICLES = re.compile(r"(?:\b(?:an|the)|^\s*a)\s+(?=\w)")
 """In front of a word: those of "Plan A" and "Vitamin A" are none."""
 
-_LIST_SEPARATORS = re.compile(r"\s*(?:;|\n|,(?!\d{3})|\band\b)\s*")
+_LIST_SEPARATORS = re.compile(r";|\n|、|,(?!\d{3}\b)|\band\b")
+_OUTER = ".,;:!?\"'()[]{}`。、「」『』【】《》〈〉"
+_SAME = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "–": "-", "—": "-", "‑": "-", "−": "-"})
+_RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹]+")
 
 
 def rule_judge(question: str, reference: str, answer: str, tolerance: float = 0.0) -> bool:
@@ -60,7 +69,8 @@ def rule_judge(question: str, reference: str, answer: str, tolerance: float = 0.
     expected, given = _quantity(reference), _quantity(answer)
     if expected is not None:
         return given is not None and _agree(expected, given, tolerance)
-    return _as_list(reference) == _as_list(answer) and len(_as_list(reference)) > 1
+    parts, found = _as_list(reference), _as_list(answer)
+    return len(parts) == len(found) > 1 and all(map(_same_part, parts, found))
 
 
 class JudgeError(RuntimeError):
@@ -95,14 +105,19 @@ def normalise(text: str) -> str:
     >>> normalise(" The  Silver Heron. ")
     'silver heron'
     """
-    text = unicodedata.normalize("NFKC", text).casefold()
-    text = _ARTICLES.sub(" ", text)
-    words = (word.strip(".,;:!?\"'()[]{}“”‘’`") for word in text.split())
+    text = _ARTICLES.sub(" ", _plain(text))
+    words = (word.strip(_OUTER) for word in text.split())
     return " ".join(word for word in words if word)
 
 
+def _plain(text: str) -> str:
+    """Text in one spelling of signs and letters. Raised digits stay apart from those before them: 5² is not 52."""
+    text = _RAISED.sub(lambda digits: f"^{digits[0]}", text)
+    return unicodedata.normalize("NFKC", text).casefold().translate(_SAME)
+
+
 class _Quantity(NamedTuple):
-    value: float
+    value: Decimal
     units: frozenset[str]
 
 
@@ -114,36 +129,48 @@ def parse_number(text: str) -> float | None:
     (None, 1200.5, -3.0, 2500000000.0)
     """
     quantity = _quantity(text)
-    return None if quantity is None else quantity.value
+    return None if quantity is None else float(quantity.value)
 
 
 def _quantity(text: str) -> _Quantity | None:
     """The number and the words of its unit, singular, signs for the units that have one. What follows a number is no
     unit when it is long or takes something back."""
-    text = unicodedata.normalize("NFKC", text).casefold().strip().rstrip(".").replace("−", "-")
+    text = _plain(text).strip().rstrip(".。").replace("per cent", "percent")
     match = _NUMBER.fullmatch(text)
     if match is None:
         return None
-    sign = -1.0 if "-" in (match[1], match[3]) else 1.0
-    value = sign * float(match[4].replace(",", "") + (match[5] or ""))
-    words = re.findall(r"[%$€£¥]|[^\s%$€£¥]+", match[8] or "")
-    if words and words[0] in _SCALES:
-        value *= _SCALES[words.pop(0)]
-    elif words and words[0] in _SHORT_SCALES and not match[7]:
+    value = Decimal(f"{match[4].replace(',', '')}{match[5] or ''}")
+    words = [_singular(word) for word in re.findall(r"[%$€£¥]|[^\s%$€£¥]+", match[8] or "")]
+    if words and words[0] in _SHORT_SCALES and not match[7]:
         value *= _SHORT_SCALES[words.pop(0)]
+    while words and words[0] in _SCALES:
+        value *= _SCALES[words.pop(0)]
     if len(words) > _MOST_UNIT_WORDS or not _NO_UNIT.isdisjoint(words) or not all(map(_UNIT_WORD.fullmatch, words)):
         return None
-    singular = (word[:-1] if len(word) > 2 and word.endswith("s") else word for word in words)
-    units = {_UNIT_NAMES.get(word, word) for word in singular} | {match[2], match[6]}
-    return _Quantity(value, frozenset(units - {""}))
+    units = {_UNIT_NAMES.get(word, word.replace("^", "")) for word in (*words, match[2], match[6])}
+    return _Quantity(-value if "-" in (match[1], match[3]) else value, frozenset(units - {""}))
+
+
+def _singular(word: str) -> str:
+    return word[:-1] if len(word) > 2 and word.endswith("s") else word
 
 
 def _agree(expected: _Quantity, given: _Quantity, tolerance: float) -> bool:
     """Whether two quantities are the same: units count where both name one, and one may name it more fully."""
-    near = abs(given.value - expected.value) <= (tolerance + 1e-9) * abs(expected.value)
-    return near and (expected.units <= given.units or given.units <= expected.units)
+    near = abs(given.value - expected.value) <= Decimal(tolerance) * abs(expected.value)
+    return (near if tolerance else given.value == expected.value) and (
+        expected.units <= given.units or given.units <= expected.units
+    )
 
 
-def _as_list(text: str) -> list[str]:
-    text = text.strip().strip("[]")
-    return sorted(normalise(part) for part in _LIST_SEPARATORS.split(text.casefold()) if normalise(part))
+def _as_list(text: str) -> list[_Quantity | str]:
+    """The parts of a list, numbers by their value before other text by its spelling."""
+    parts = (part for part in _LIST_SEPARATORS.split(_plain(text).strip().strip("[]")) if normalise(part))
+    found = (_quantity(part) or normalise(part) for part in parts)
+    return sorted(
+        found, key=lambda part: (1, 0, part) if isinstance(part, str) else (0, part.value, sorted(part.units))
+    )
+
+
+def _same_part(a: _Quantity | str, b: _Quantity | str) -> bool:
+    return a == b or (not isinstance(a, str) and not isinstance(b, str) and _agree(a, b, 0.0))

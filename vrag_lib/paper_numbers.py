@@ -67,8 +67,8 @@ PAPER_FIGURE_3_BOUND = 63.5
 class Effect:
     """How much higher `column` is in cell `a` than in cell `b`, and what others found.
 
-    column: one of `paper_columns.COLUMNS`. paper: points in the paper (percent, 7B), None where not printed; sign: +1 or
-    -1 of what the paper claims, 0 where it claims nothing. score: the re-run's points on SlideVQA and ViDoSeek.
+    column: one of `paper_columns.COLUMNS`. paper: points in the paper (percent, 7B), None where not printed; sign: +1
+    or -1 of what the paper claims, 0 where it claims nothing. score: the re-run's points on SlideVQA and ViDoSeek.
     element: only questions whose answer stands in it. note: what a reader has to know of the comparison. by_design:
     whether the benchmark or the agents are made such that the sign could hardly be another one; the note says how.
     """

@@ -133,6 +133,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 def _crossed(values: np.ndarray, sizes: np.ndarray | None, samples: int, seed: int) -> tuple[float, np.ndarray]:
     """The ratio of sums and its resamples (samples,). A resample whose sizes sum to 0 has the ratio of the whole."""
+    if samples < 1:
+        raise ValueError(f"samples must be at least 1, not {samples}")
     values = np.asarray(values, dtype=np.float64)
     sizes = np.ones_like(values) if sizes is None else np.asarray(sizes, dtype=np.float64)
     if values.ndim != 2 or values.shape != sizes.shape:
