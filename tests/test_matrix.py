@@ -21,7 +21,7 @@ from vrag_lib.cli import main
 from vrag_lib.config import ConfigError, load_config, read_config, to_dict
 from vrag_lib.judge import rule_judge
 from vrag_lib.matrix import KEPT, Outcome, cell_folder, read_curves, read_records, read_rows, run_matrix, states
-from vrag_lib.matrix_cells import CELLS, CHAINS, Cell, cell_config, find_cells
+from vrag_lib.matrix_cells import CELLS, CHAINS, FAMILIES, Cell, cell_config, find_cells
 from vrag_lib.matrix_training import FORMS, MatrixError, Workbench
 from vrag_lib.paper_numbers import ABLATIONS, EFFECTS
 from vrag_lib.rewards import RECIPES
@@ -75,6 +75,12 @@ def test_every_cell_is_valid(name):
     without_crop = {"sft_search", "search_r1", "sft_rl_search", "search_answer_only", "search_r1_text"}
     assert (cell.data == "search") == (name in without_crop)
     assert list(cell.seeds(5)) == ([0] if cell.chain == "none" else [0, 1, 2, 3, 4])
+
+
+def test_every_run_of_rl_is_drawn_in_one_family():
+    shown = [name for names in FAMILIES.values() for name in names if name != "vrag_rl"]
+    assert sorted([*shown, "vrag_rl"]) == sorted(name for name, cell in CELLS.items() if "grpo" in cell.chain)
+    assert all("vrag_rl" in names for names in FAMILIES.values())
 
 
 def test_the_papers_comparisons_differ_in_what_they_compare():

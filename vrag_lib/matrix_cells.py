@@ -139,14 +139,17 @@ _ABLATIONS = (
     _variant("horizon_8", "8 replies at most", "environment.max_turns=8"),
     _variant("rl_300", "SFT on 300 trajectories, then RL", trajectories=300),
     _variant("rl_1000", "SFT on 1,000 trajectories, then RL", trajectories=1000),
-    Cell("search_r1_text", "as search_r1, pages as text", "search_r1_text", "grpo", data="search"),
+    Cell(
+        "search_r1_text", "no SFT, RL with the paper's reward, no crop, pages as text", "search_r1_text", "grpo",
+        data="search",
+    ),
 )  # fmt: skip
 
 FAMILIES = {
     "reward": ("vrag_rl", "vrag_answer_only", "retrieval_only", "released_code", "no_gate", "invalid_penalised"),
     "crop": ("vrag_rl", "sft_rl_search", "search_answer_only", "no_crop_same_sft", "padding_8"),
     "cold start": ("vrag_rl", "rl_1000", "rl_300", "cold_start", "cold_start_paper", "search_r1", "search_r1_text"),
-    "group, KL, horizon": ("vrag_rl", "group_2", "group_10", "no_kl", "horizon_3", "horizon_8"),
+    "group size, KL, horizon": ("vrag_rl", "group_2", "group_10", "no_kl", "horizon_3", "horizon_8"),
 }
 """The cells that RL trains, by what they vary, each beside the one they vary."""
 

@@ -22,7 +22,7 @@ from vrag_lib.paper_columns import ELEMENT_KINDS, TYPES, seeds_spread
 from vrag_lib.paper_effects import BEHAVIOUR, COLLAPSE, MEASURED, NO_EVIDENCE, illegible
 from vrag_lib.paper_figures import draw_figures
 from vrag_lib.paper_numbers import ABLATIONS, EFFECTS, PAPER_TABLE_2, SCORE_BEHAVIOUR
-from vrag_lib.paper_tables import BEFORE_AND_AFTER, METHODS, make_tables
+from vrag_lib.paper_tables import BEFORE_AND_AFTER, METHODS, SUMMARY, make_tables
 from vrag_lib.provenance import provenance
 from vrag_lib.rendering import write_atomically
 
@@ -422,6 +422,7 @@ def _p(value: float) -> str:
 
 
 TEXTS: dict[str, tuple[Callable[[Any], str], Sequence[str]]] = {
+    "summary": (_summary, SUMMARY),
     "table_1": (_table_1, METHODS),
     "table_2": (_table_2, tuple(PAPER_TABLE_2)),
     "table_3": (_table_3, BEFORE_AND_AFTER),
