@@ -208,6 +208,11 @@ def test_an_answer_below_a_refusing_phrase_is_no_refusal():
         "Insufficient information on page 1: 12",
         "Cannot be answered from page 1, page 2 says 12",
         "12, with no relevant information elsewhere",
+        "Cannot be answered - 5",
+        "Not answerable 5",
+        "Not answerable (5)",
+        "Unanswerable though blue",
+        "Cannot be answered yet the answer is blue",
     ):
         assert not is_refusal(text), text
     assert is_refusal("The question cannot be answered from the pages shown, which are about ships.")

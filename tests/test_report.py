@@ -69,7 +69,7 @@ def test_the_page_says_where_whole_pages_cannot_be_read(tmp_path):
     text = write_report(other, seeds=1).read_text()
     assert "Given the gold pages the policy answers 0.0 [0.0, 0.0] %" in text
     assert "show nothing, either way: ReAct over Vanilla RAG." in text
-    assert "the sign is built in: crop, paper's reward; crop, text questions;" in text
+    assert "the sign is built in: crop, VRAG-RL's reward; crop, text questions;" in text
 
 
 def test_the_page_says_which_agree_by_construction_and_which_agents_say_one_thing(tmp_path):

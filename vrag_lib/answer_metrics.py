@@ -292,7 +292,7 @@ def _is_float(text: str) -> bool:
 
 
 # What may follow a refusal: nothing that begins anew, where an answer would stand.
-_REST = r"(?:(?!\bbut\b|\bhowever\b|\.\s|,[^,]*\d)[^;:])*"
+_REST = r"(?!\s*\W*\d)(?:(?!\b(?:but|yet|though|however)\b|\.\s|\s[-–—]\s|,[^,]*\d)[^;:])*"
 _REFUSAL = re.compile(
     rf"(?:the answer is |(?:the|this) question )?(?:(?:it|this) )?(?:is )?"
     rf"(?:not answerable|unanswerable|(?:can ?not|can['’]t) be (?:answered|determined))\b{_REST}"
@@ -399,7 +399,7 @@ def is_answerable(question: Question) -> bool:
     reference answer."""
     for mark in ("answerable", "is_sufficient"):
         if mark in question.extra:
-            return bool(question.extra[mark])
+            return str(question.extra[mark]).strip().lower() not in ("", "false", "no", "none", "0")
     return question.reference_answer.strip() != NOT_ANSWERABLE
 
 

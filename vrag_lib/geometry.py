@@ -95,7 +95,8 @@ def iou(a: Box, b: Box) -> float:
 
 def shown_size(width: float, height: float, min_pixels: int, max_pixels: int) -> Size:
     """The size at which an image of `width` x `height` pixels is shown: sides multiples of 28, area within
-    `min_pixels` and `max_pixels`, of those sizes next to the scaled image the one that distorts it least.
+    `min_pixels` and `max_pixels`, of those sizes next to the scaled image the one that distorts it least (where all of
+    them are below `min_pixels`, as of some tall strips, the least distorted of these).
 
     Qwen2-VL's image processor leaves such a size as it is, so boxes and pixels stay in one frame. (Its own rule
     always rounds an oversized image down, which distorts a 1280 x 720 slide by 5 %; this one by 0.7 %.)

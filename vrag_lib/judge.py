@@ -22,8 +22,11 @@ Judge = Callable[[str, str, str], bool]
 MAX_ANSWER_CHARS = 400
 """Answers are asked to be short; one above this is wrong whatever it contains."""
 
-_SCALES = {"dozen": 12, "hundred": 10**2, "thousand": 10**3, "lakh": 10**5, "million": 10**6, "mn": 10**6, "mln": 10**6,
-           "crore": 10**7, "billion": 10**9, "bn": 10**9, "bln": 10**9, "trillion": 10**12, "tn": 10**12}  # fmt: skip
+_SCALES = {
+    "dozen": 12, "hundred": 10**2, "thousand": 10**3, "lakh": 10**5, "million": 10**6, "mn": 10**6, "mln": 10**6,
+    "crore": 10**7, "billion": 10**9, "bn": 10**9, "bln": 10**9, "trillion": 10**12, "tn": 10**12,
+    "千": 10**3, "万": 10**4, "萬": 10**4, "亿": 10**8, "億": 10**8,
+}  # fmt: skip
 _SHORT_SCALES = {"k": 10**3, "m": 10**6, "b": 10**9}
 """Only where they touch the number: 5m is five million, 5 m are metres."""
 
@@ -33,8 +36,14 @@ _NUMBER = re.compile(
 )
 _UNIT_NAMES = {"percent": "%", "pct": "%", "dollar": "$", "usd": "$", "us$": "$", "euro": "€", "eur": "€",
                "pound": "£", "gbp": "£", "yen": "¥"}  # fmt: skip
-_NO_UNIT = frozenset("a an and the but or not no maybe perhaps possibly probably if unless either neither".split())  # noqa: SIM905
+_NO_UNIT = frozenset(
+    (  # noqa: SIM905
+        "a an and the but or not no maybe perhaps possibly probably if unless either neither is was are were to "
+        "through until rather than versus vs except wrong tenth hundredth thousandth millionth"
+    ).split()
+)
 _MOST_UNIT_WORDS = 4
+_WORDS = re.compile(r"[%$€£¥千万萬亿億]|[^\s%$€£¥千万萬亿億]+")
 _UNIT_WORD = re.compile(r"[%$€£¥°]|°?[^\W\d_]+(?:[./'-][^\W\d_]+)*(?:\^?[23])?\.?")
 _ARTICLES = re.compile(r"(?:\b(?:an|the)|^\s*a)\s+(?=\w)")
 """In front of a word: those of "Plan A" and "Vitamin A" are none."""
@@ -42,6 +51,7 @@ _ARTICLES = re.compile(r"(?:\b(?:an|the)|^\s*a)\s+(?=\w)")
 _LIST_SEPARATORS = re.compile(r";|\n|、|,(?!\d{3}\b)|\band\b")
 _OUTER = ".,;:!?\"'()[]{}`。、「」『』【】《》〈〉"
 _SAME = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "–": "-", "—": "-", "‑": "-", "−": "-"})
+_LEADING_POINT = re.compile(r"(?<!\w)\.(?=\d)")
 _RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹]+")
 
 
@@ -70,7 +80,9 @@ def rule_judge(question: str, reference: str, answer: str, tolerance: float = 0.
     if expected is not None:
         return given is not None and _agree(expected, given, tolerance)
     parts, found = _as_list(reference), _as_list(answer)
-    return len(parts) == len(found) > 1 and all(map(_same_part, parts, found))
+    return len(parts) == len(found) > 1 and all(
+        _same_part(part, other, tolerance) for part, other in zip(parts, found, strict=True)
+    )
 
 
 class JudgeError(RuntimeError):
@@ -106,7 +118,7 @@ def normalise(text: str) -> str:
     'silver heron'
     """
     text = _ARTICLES.sub(" ", _plain(text))
-    words = (word.strip(_OUTER) for word in text.split())
+    words = (_LEADING_POINT.sub("0.", word).strip(_OUTER) for word in text.split())
     return " ".join(word for word in words if word)
 
 
@@ -139,8 +151,10 @@ def _quantity(text: str) -> _Quantity | None:
     match = _NUMBER.fullmatch(text)
     if match is None:
         return None
+    if match[8] == "s":  # the 1990s are no year
+        return None
     value = Decimal(f"{match[4].replace(',', '')}{match[5] or ''}")
-    words = [_singular(word) for word in re.findall(r"[%$€£¥]|[^\s%$€£¥]+", match[8] or "")]
+    words = [_singular(word) for word in _WORDS.findall(match[8] or "")]
     if words and words[0] in _SHORT_SCALES and not match[7]:
         value *= _SHORT_SCALES[words.pop(0)]
     while words and words[0] in _SCALES:
@@ -172,5 +186,5 @@ def _as_list(text: str) -> list[_Quantity | str]:
     )
 
 
-def _same_part(a: _Quantity | str, b: _Quantity | str) -> bool:
-    return a == b or (not isinstance(a, str) and not isinstance(b, str) and _agree(a, b, 0.0))
+def _same_part(a: _Quantity | str, b: _Quantity | str, tolerance: float) -> bool:
+    return a == b or (not isinstance(a, str) and not isinstance(b, str) and _agree(a, b, tolerance))

@@ -29,7 +29,7 @@ from vrag_lib.judge import MAX_ANSWER_CHARS, JudgeError
 
 logger = logging.getLogger(__name__)
 
-_VERDICT = re.compile(r"<judge>\s*(true|false)\s*</judge>", re.I)
+_VERDICT = re.compile(r"<judge>[\s*\"']*(true|false)[\s*\"'.]*</judge>", re.I)
 
 _TASK = (
     "You judge the answers of a question-answering system. Decide whether the given answer is correct: whether it says "

@@ -99,7 +99,7 @@ _UNTRAINED = (
     Cell("vrag_prompted", "searches and crops, not trained to", "vrag_rl"),
     Cell("gold_pages", "the gold pages, whole", "gold_pages", data="gold"),
     Cell("gold_pages_crop", "the gold pages, with crop", "gold_pages_crop", data="gold"),
-    Cell("gold_regions", "the gold regions (upper bound)", "gold_regions", data="gold"),
+    Cell("gold_regions", "the gold regions, cut out (upper bound)", "gold_regions", data="gold"),
 )
 
 _TUNED = (
@@ -110,10 +110,10 @@ _TUNED = (
 )
 
 _COMPARED = (
-    _variant("vrag_rl", "SFT, RL with the paper's reward, crop"),
-    _search("search_r1", "no SFT, RL with the paper's reward, no crop", "grpo"),
-    _search("sft_rl_search", "SFT, RL with the paper's reward, no crop", "sft+grpo"),
-    _variant("cold_start", "no SFT, RL with the paper's reward, crop", chain="grpo"),
+    _variant("vrag_rl", "SFT, RL with VRAG-RL's reward, crop"),
+    _search("search_r1", "no SFT, RL with VRAG-RL's reward, no crop", "grpo"),
+    _search("sft_rl_search", "SFT, RL with VRAG-RL's reward, no crop", "sft+grpo"),
+    _variant("cold_start", "no SFT, RL with VRAG-RL's reward, crop", chain="grpo"),
     _variant("vrag_answer_only", "SFT, RL with the answer's reward alone, crop", "grpo.recipe=answer_only"),
     _search(
         "search_answer_only", "SFT, RL with the answer's reward alone, no crop", "sft+grpo",
@@ -140,7 +140,7 @@ _ABLATIONS = (
     _variant("rl_300", "SFT on 300 trajectories, then RL", trajectories=300),
     _variant("rl_1000", "SFT on 1,000 trajectories, then RL", trajectories=1000),
     Cell(
-        "search_r1_text", "no SFT, RL with the paper's reward, no crop, pages as text", "search_r1_text", "grpo",
+        "search_r1_text", "no SFT, RL with VRAG-RL's reward, no crop, pages as text", "search_r1_text", "grpo",
         data="search",
     ),
 )  # fmt: skip

@@ -164,12 +164,12 @@ def figure_6(table: pd.DataFrame) -> Figure:
     places = np.arange(len(table))[::-1]
     seconds = {"seconds_generate": "writing", "seconds_retrieve": "searching"}
     replies = {"searches": "searches", "crops": "crops", "answers": "answers", "invalid": "invalid"}
-    for ax, parts, total, xlabel in (
-        (left, seconds, "seconds", "seconds per trajectory"),
-        (right, replies, "turns", "replies per trajectory"),
+    for ax, parts, total, xlabel, colours in (
+        (left, seconds, "seconds", "seconds per trajectory", COLOURS),
+        (right, replies, "turns", "replies per trajectory", COLOURS[len(seconds) :]),
     ):
         start = np.zeros(len(table))
-        for (column, label), colour in zip(parts.items(), COLOURS, strict=False):
+        for (column, label), colour in zip(parts.items(), colours, strict=False):
             width = table[column].fillna(0).to_numpy()
             ax.barh(places, width, 0.7, left=start, color=colour, label=label)
             start += width

@@ -112,7 +112,7 @@ EFFECTS = (
     Effect("reward with nDCG, without crop", "sft_rl_search", "search_answer_only", "Table 2", 7.7),
     Effect("reward with nDCG, with crop", "vrag_rl", "vrag_answer_only", "Table 2", 7.8),
     Effect("crop, answer reward", "vrag_answer_only", "search_answer_only", "Table 2", 2.1),
-    Effect("crop, paper's reward", "vrag_rl", "sft_rl_search", "Table 2", 2.2, note="the confound's second half"),
+    Effect("crop, VRAG-RL's reward", "vrag_rl", "sft_rl_search", "Table 2", 2.2, note="the confound's second half"),
     Effect("RL after SFT: invalid actions", "vrag_rl", "sft", "Table 3", -4.3, column="invalid_rate"),
     Effect("RL after SFT: finished", "vrag_rl", "sft", "Table 3", 12.9, column="finish_rate"),
     Effect("5 pages over 1 in context", "vanilla_rag_5", "vanilla_rag_1", "Figure 3", 21.7, note=_READ_OFF),

@@ -124,7 +124,7 @@ def table_1(rows: Rows) -> pd.DataFrame:
         row |= _with_limits("overall", interval(rows[cell], "accuracy"))
         for kind in TYPES:
             row |= _with_limits(kind, interval(rows[cell], "accuracy", kind))
-        row |= answers(rows[cell])
+        row |= _with_limits("crops", interval(rows[cell], "crops")) | answers(rows[cell])
         name, big, small = PAPER_OVERALL.get(cell, ("", math.nan, math.nan))
         slides, vidoseek = SCORE_OVERALL.get(cell, (math.nan, math.nan))
         row |= {"paper_name": name, "paper_7b": big, "paper_3b": small}

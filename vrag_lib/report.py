@@ -270,10 +270,21 @@ def _titled(
 
 
 def _table_1(table: pd.DataFrame) -> str:
-    head = ("cell", "", "overall", *TYPES, "no answer", *ANSWERS, "seeds", "paper 7B / 3B", "SCORE SlideVQA / ViDoSeek")
+    head = (
+        "cell",
+        "",
+        "overall",
+        *TYPES,
+        "no answer",
+        "crops",
+        *ANSWERS,
+        "seeds",
+        "paper 7B / 3B",
+        "SCORE SlideVQA / ViDoSeek",
+    )
     return _titled("**Table 1.** Accuracy, % [95 %].", table, head, lambda row: (
         f"`{row['cell']}`", row["about"], _cell(row, "overall"), *(_cell(row, kind) for kind in TYPES),
-        f"{row['failed']} / {row['trajectories']}", *_answers(row), row["seeds"],
+        f"{row['failed']} / {row['trajectories']}", _cell(row, "crops"), *_answers(row), row["seeds"],
         _two(row["paper_7b"], row["paper_3b"]), _two(row["score_slidevqa"], row["score_vidoseek"]),
     ))  # fmt: skip
 
@@ -348,6 +359,12 @@ def _how_sure(tables: Mapping[str, pd.DataFrame]) -> str:
         "by rule, replies are greedy.",
         "- Neither the paper nor the re-run gives intervals; that a sign agrees is all that can be said. Their models, "
         "documents, judge and retriever are others.",
+        "- RL after SFT is compared with the cold starts that it began with, by seed; the rows of SFT in the tables "
+        "are means over all of its seeds, and their differences may be others.",
+        "- *VRAG-RL's reward* has the paper's form; its weights, 0.2 for nDCG and 0.8 for the answer, stand in a "
+        "comment of the released code, for the paper gives none. For RL without SFT the paper adds a reward of the "
+        "pattern and leaves out the KL, as `cold_start_paper` does; the other cells without SFT differ from `vrag_rl` "
+        "in nothing else.",
         "- *No SFT*, *not trained to* and *found with the question* mean: taught the form of replies, and no more, by "
         "a few hundred trajectories, in place of what an instruct model knows. `vrag_lib/matrix_cells.py` says how, "
         "and which trajectories the other cells learn from.",
