@@ -43,6 +43,9 @@ def test_overrides_reach_nested_fields_with_their_types():
         ("laptop", ["environment.max_pixels=784"], r"min_pixels=\d+ is more than environment\.max_pixels=784"),
         ("laptop", ["policy.temperature=-0.1"], r"policy\.temperature is at least 0 and finite, not -0\.1"),
         ("laptop", ["policy.temperature=nan"], "temperature is at least 0"),
+        ("laptop", ["preset=gpu_7b"], "--preset gpu_7b"),
+        ("laptop", ["seed=99999999999999999999"], "seed lies between"),
+        ("laptop", ["policy.api_key_env=sk-proj-abc"], "name of an environment variable, not what it holds"),
     ],
 )
 def test_wrong_presets_and_keys_are_named_with_the_remedy(preset, override, message):

@@ -109,6 +109,26 @@ def test_images_become_rgb_pages(mixed: tuple[Path, Path, Corpus]) -> None:
     assert corpus.page("photo_1").text_source == "none"
 
 
+@pytest.mark.parametrize(
+    "mode, values, shades",
+    [("I", (0, 255), (0, 255)), ("I", (0, 65535), (0, 255)), ("F", (0.0, 1.0), (0, 255)), ("F", (0.0, 6e4), (0, 234))],
+)
+def test_deep_greys_are_scaled_not_clipped(tmp_path: Path, mode: str, values: tuple, shades: tuple) -> None:
+    image = Image.new(mode, (40, 40), values[0])
+    image.paste(values[1], (20, 0, 40, 40))
+    image.save(tmp_path / "deep.tif")
+    (page,) = Corpus.from_folder(tmp_path, tmp_path / "cache").pages
+    shown = Image.open(page.image_path).convert("L")
+    assert [shown.getpixel(place) for place in ((5, 20), (35, 20))] == pytest.approx(shades, abs=4)
+
+
+def test_a_name_that_is_no_utf_8_is_read(tmp_path: Path) -> None:
+    Image.new("RGB", (30, 30)).save(tmp_path / "a.png")
+    os.rename(tmp_path / "a.png", os.fsencode(tmp_path) + b"/\xdcbersicht.png")
+    corpus = Corpus.from_folder(tmp_path, tmp_path.parent / "cache_of_latin")
+    assert corpus.documents[0].id == "_bersicht" and corpus.fingerprint
+
+
 def test_files_of_one_name_keep_apart(mixed: tuple[Path, Path, Corpus]) -> None:
     corpus = mixed[2]
     assert corpus.page("a_report_1").text == "Report of A"

@@ -79,6 +79,25 @@ def test_unified_items_need_a_query_and_an_answer_only(tmp_path: Path) -> None:
     assert load_questions(tmp_path / "again.json") == questions
 
 
+def test_what_a_table_program_exports_is_read(tmp_path: Path) -> None:
+    """Nulls are fields that are not there, whole floats are pages, an own uid keeps its name, halves of surrogate
+    pairs, which no file can hold, are replaced; regions of another form are named before anything is asked."""
+    items = [
+        {"query": "a", "reference_answer": "1", "meta_info": None},
+        {"uid": "q1", "query": "b", "reference_answer": 2, "meta_info": {
+            "file_name": "d.pdf", "reference_page": [1.0, 2], "source_type": None, "query_type": None}},
+        {"uid": "\ud800x", "query": "\udcdc", "reference_answer": "3", "meta_info": {"reference_page": None}},
+        {"uid": "r", "query": "c", "reference_answer": "4", "meta_info": {"file_name": "d", "regions": [{"page": 1}]}},
+    ]  # fmt: skip
+    path = tmp_path / "questions.json"
+    path.write_text(json.dumps({"examples": items}))
+    problems: list[Problem] = []
+    first, second, third = load_questions(path, problems=problems)
+    assert (first.uid, second.uid, third.uid) == ("q1_", "q1", "?x") and third.query == "?"
+    assert second.gold_page_ids == ("d_1", "d_2") and second.source_type == ""
+    assert len(problems) == 1 and "regions" in problems[0].reason
+
+
 def test_slidevqa_annotation(tmp_path: Path) -> None:
     line = {
         "deck_name": "deck.name-150318_95",
@@ -142,7 +161,6 @@ def test_the_shared_vidoseek_example_loads_with_its_pages(tmp_path: Path) -> Non
 
 
 BAD = [
-    (_item(uid=None), "field uid: missing"),
     (_item(query=""), "field query: missing or empty"),
     ({"query": "x"}, "field reference_answer: missing"),
     ("text", "not an object but str"),

@@ -17,7 +17,7 @@ from vrag_lib.corpus import Corpus, Question
 from vrag_lib.factory import make_policy, make_retriever, open_corpus
 from vrag_lib.rollout import rollout
 from vrag_lib.trajectory import Trajectory, Turn, write_trajectories
-from vrag_lib.viewer import trajectory_html
+from vrag_lib.viewer import trajectory_html, visible
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def describe_answer(trajectory: Trajectory, corpus: Corpus) -> str:
     """Answer, document, page and region, one line each."""
     lines = [f"question  {trajectory.question}"]
     if trajectory.answer is not None:
-        lines.append(f"answer    {trajectory.answer}")
+        lines.append(f"answer    {visible(trajectory.answer)}")
     else:
         lines.append(f"answer    none ({trajectory.stop_reason}{': ' + trajectory.error if trajectory.error else ''})")
     evidence = trajectory.evidence
@@ -93,7 +93,7 @@ def describe_answer(trajectory: Trajectory, corpus: Corpus) -> str:
     return "\n".join(
         [
             *lines,
-            f"document  {document.path}",
+            f"document  {visible(str(document.path))}",
             f"page      {page.number}",
             f"region    [{box}] of {page.size.width} x {page.size.height} pixels"
             + ("" if evidence.is_crop else " (whole page)"),
@@ -106,7 +106,7 @@ def describe_turns(trajectory: Trajectory) -> str:
     width = min(shutil.get_terminal_size((100, 24)).columns, 110)
     paragraphs = []
     for turn in trajectory.turns[1:]:
-        text = _reply_line(turn) if turn.role == "assistant" else _observation_line(turn)
+        text = visible(_reply_line(turn) if turn.role == "assistant" else _observation_line(turn))
         mark = "agent > " if turn.role == "assistant" else "    < "
         paragraphs.append(textwrap.fill(text, width, initial_indent=mark, subsequent_indent=" " * len(mark)))
     return "\n".join([*paragraphs, f"stop    {trajectory.stop_reason}, {len(trajectory.replies)} replies"])

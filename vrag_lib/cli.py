@@ -105,6 +105,8 @@ def _serve(commands) -> None:
         from vrag_lib.factory import make_retriever, open_corpus
         from vrag_lib.search_server import serve
 
+        if not 0 < arguments.port < 65536:
+            raise ValueError(f"--port lies between 1 and 65535, not at {arguments.port}")
         config = check_retriever(arguments, read_config(arguments, retriever_settings(arguments)))
         corpus = open_corpus(arguments.path, config)
         serve(make_retriever(corpus, config), corpus, arguments.host, arguments.port, top_k=config.retrieval.depth)
@@ -122,10 +124,13 @@ def _view(commands) -> None:
         from vrag_lib.trajectory import read_trajectories
         from vrag_lib.viewer import trajectory_html
 
+        if arguments.most < 1:
+            raise ValueError(f"--most is a number of trajectories, at least 1, not {arguments.most}")
         trajectories = read_trajectories(arguments.trajectories)[: arguments.most]
         corpus = open_corpus(arguments.path, read_config(arguments, {"corpus.ocr": "none"}))
         page = trajectory_html(trajectories, corpus, title=Path(arguments.trajectories).stem)
         target = Path(arguments.out or Path(arguments.trajectories).with_suffix(".html"))
+        target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(page, encoding="utf-8")
         print(f"viewer  {target}")
 

@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import json
 import os
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -123,8 +124,10 @@ class PolicyConfig:
     dtype: str = _doc("auto", "auto, float32 or bfloat16")
 
     def validate(self) -> None:
-        """Raises ConfigError, naming the setting, for a number out of its range."""
+        """Raises ConfigError, naming the setting, for a number out of its range or a key in place of its variable."""
         _check_least(self, "policy")
+        if not re.fullmatch(r"[A-Za-z_]\w*|", self.api_key_env):  # not repeated: it may be the key
+            raise ConfigError("policy.api_key_env is the name of an environment variable, not what it holds")
 
 
 @dataclass(frozen=True)
@@ -375,7 +378,11 @@ def override(config: Config, overrides: list[str] | tuple[str, ...]) -> Config:
         key, sign, value = text.partition("=")
         if not sign:
             raise ConfigError(f"an override is written key=value, for example seed=1; got {text!r}")
+        if key.strip() == "preset":
+            raise ConfigError(f"a preset is not overridden but chosen: --preset {value.strip()}")
         config = _replace(config, key.strip().split("."), value.strip(), key.strip())
+    if not 0 <= config.seed < 2**32:
+        raise ConfigError(f"seed lies between 0 and 2^32 - 1, not at {config.seed}")
     config.environment.check_ranges()
     config.policy.validate()
     return config

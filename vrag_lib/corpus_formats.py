@@ -84,9 +84,11 @@ def load_questions(
     if format != "auto" and form not in _FORMS[format]:
         raise CorpusError(f"{file} is in the {form} format, not in {format}; pass format={form!r} or 'auto'")
     questions: dict[str, Question] = {}
+    named = {str(item.get("uid")) for item in items if isinstance(item, dict)}
     for index, item in enumerate(items):
-        if form == "unified" and isinstance(item, dict):
-            item = {"uid": f"q{index + 1}", **item}
+        item = _encodable(item)
+        if form == "unified" and isinstance(item, dict) and item.get("uid") is None:
+            item |= {"uid": f"q{index + 1}" + "_" * (f"q{index + 1}" in named)}
         try:
             question = _READERS[form](item, questions)
             if question.uid in questions:
@@ -276,12 +278,12 @@ def _form_of(items: Sequence[Any], file: Path) -> str:
 
 
 def _unified(item: Any, before: dict[str, Question]) -> Question:
-    meta = _object(item).get("meta_info", {})
+    meta = _object(item).get("meta_info") or {}
     if not isinstance(meta, dict):
         raise _ItemError("field meta_info: not an object")
     own = {key: value for key, value in item.items() if key not in ("uid", "query", "reference_answer", "meta_info")}
     pages = _pages(meta, "reference_page")
-    return Question(
+    question = Question(
         uid=_text(item, "uid"),
         query=_text(item, "query"),
         reference_answer=_text(item, "reference_answer"),
@@ -291,6 +293,11 @@ def _unified(item: Any, before: dict[str, Question]) -> Question:
         query_type=_text(meta, "query_type", ""),
         extra={**own, **{key: value for key, value in meta.items() if key not in _META_FIELDS}},
     )
+    try:
+        _ = question.gold_regions
+    except ValueError as error:
+        raise _ItemError(f"field regions: {error}") from error
+    return question
 
 
 def _slidevqa(item: Any, before: dict[str, Question]) -> Question:
@@ -330,6 +337,11 @@ _READERS: dict[str, Callable[[Any, dict[str, Question]], Question]] = {
 }
 
 
+def _encodable(item: Any) -> Any:
+    """The same without halves of surrogate pairs, which no file can hold."""
+    return json.loads(json.dumps(item, ensure_ascii=False).encode("utf-8", "replace"))
+
+
 def _object(item: Any) -> dict[str, Any]:
     if not isinstance(item, dict):
         raise _ItemError(f"not an object but {type(item).__name__}")
@@ -337,7 +349,7 @@ def _object(item: Any) -> dict[str, Any]:
 
 
 def _text(item: dict[str, Any], field: str, default: str | None = None) -> str:
-    value = item.get(field, default)
+    value = default if item.get(field) is None else item[field]
     if value is None or (value == "" and default is None):
         raise _ItemError(f"field {field}: missing or empty")
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
@@ -345,20 +357,20 @@ def _text(item: dict[str, Any], field: str, default: str | None = None) -> str:
 
 def _list(item: dict[str, Any], field: str) -> list[Any]:
     """A list, given as such or as a string that holds a Python list (read as a literal, never executed)."""
-    value = item.get(field, [])
+    value = [] if item.get(field) is None else item[field]
     if isinstance(value, str):
         try:
             value = ast.literal_eval(value) if value.strip() else []
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             raise _ItemError(f"field {field}: {value[:60]!r} is not a list") from None
-    value = [value] if isinstance(value, int) else value
+    value = [value] if isinstance(value, int | float) else value
     if not isinstance(value, list | tuple):
         raise _ItemError(f"field {field}: not a list but {type(value).__name__}")
     return list(value)
 
 
 def _pages(item: dict[str, Any], field: str) -> tuple[int, ...]:
-    pages = _list(item, field)
+    pages = [int(page) if isinstance(page, float) and page.is_integer() else page for page in _list(item, field)]
     bad = [page for page in pages if not isinstance(page, int) or isinstance(page, bool) or page < 0]
     if bad:
         raise _ItemError(f"field {field}: {bad[0]!r} is no page number")

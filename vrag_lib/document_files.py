@@ -42,7 +42,9 @@ def document_stem(file_name: str) -> str:
 
 
 def _safe(name: str) -> str:
-    return re.sub(r'[\x00-\x1f\x7f<>:"|?*\\/]', "_", unicodedata.normalize("NFC", name))
+    # Halves of surrogate pairs stand for bytes that are no UTF-8, as in names from old archives.
+    name = unicodedata.normalize("NFC", name).encode("utf-8", "replace").decode()
+    return re.sub(r'[\x00-\x1f\x7f<>:"|?*\\/]', "_", name)
 
 
 def find_documents(root: Path, problems: list[Problem] | None = None) -> list[Path]:

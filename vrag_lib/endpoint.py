@@ -198,9 +198,14 @@ class Endpoint:
         prompt_price: float = 0.0,
         completion_price: float = 0.0,
     ):
-        parts = urlsplit(base_url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
-            raise ValueError("the base URL is like https://host/v1, without user name, password or query")
+        try:
+            parts = urlsplit(base_url)
+            usable = parts.scheme in ("http", "https") and parts.hostname and not parts.username and not parts.query
+            usable = usable and (parts.port is None or parts.port > 0)
+        except ValueError:  # a port out of range, or half of an IPv6 address
+            usable = False
+        if not usable:  # not repeated: it may hold a password
+            raise ValueError("the base URL is like https://host:8000/v1, without user name, password or query")
         if not model:
             raise ValueError("name the model as the endpoint calls it")
         self.model = model

@@ -215,11 +215,22 @@ def _render_frame(document: Image.Image, number: int, settings: RenderSettings) 
         rgba = image.convert("RGBA")
         image = Image.new("RGBA", rgba.size, "white")
         image.alpha_composite(rgba)
-    elif image.mode.startswith("I"):  # 16-bit grey, which PIL's conversion would clip instead of scale
-        image = image.point(lambda value: value * (1 / 256)).convert("L")
+    elif image.mode.startswith(("I", "F")):  # grey of more than 8 bits, which PIL's conversion would clip, not scale
+        scale = _to_8_bits(image)
+        image = image.point(lambda value: value * scale).convert("L")
     image = image.convert("RGB")
     image.thumbnail((settings.max_side, settings.max_side), Image.Resampling.LANCZOS)
     return image
+
+
+def _to_8_bits(image: Image.Image) -> float:
+    """What grey values are multiplied by: as for 16 bits where the mode says so, else by the range that they lie in."""
+    high = image.getextrema()[1]
+    if image.mode.startswith("I;16") or 255 < high <= 65535:
+        return 1 / 256
+    if high <= 1 and image.mode == "F":
+        return 255.0
+    return 1.0 if high <= 255 else 255 / high
 
 
 def _check_sides(width: float, height: float) -> None:
