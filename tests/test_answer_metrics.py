@@ -190,7 +190,7 @@ def test_short_answers_are_extracted_by_rule(answer, form, extracted):
 
 def test_what_is_a_refusal():
     worded = ("It is not stated in the report.", "Unanswerable", "The answer is not answerable", "**Not answerable**",
-              "This can't be answered", "Cannot be determined")  # fmt: skip
+              "This can't be answered", "Cannot be determined", "Not stated in 2019")  # fmt: skip
     for text in (*EVISRAG_REFUSALS, NOT_ANSWERABLE, *worded):
         assert is_refusal(text), text
     for text in ("", "no", "none", "not a barn", "0", "information"):

@@ -291,13 +291,14 @@ def _is_float(text: str) -> bool:
     return True
 
 
-# What may follow a refusal: nothing that begins anew, where an answer would stand.
-_REST = r"(?!\s*\W*\d)(?:(?!\b(?:but|yet|though|however)\b|\.\s|\s[-–—]\s|,[^,]*\d)[^;:])*"
+# What may follow a refusal: nothing that begins anew, where an answer would stand, and no number at once.
+_REST = r"(?:(?!\b(?:but|yet|though|however)\b|\.\s|\s[-–—]\s|,[^,]*\d)[^;:])*"
+_AFTER = rf"\b(?!\W*\d){_REST}"
 _REFUSAL = re.compile(
     rf"(?:the answer is |(?:the|this) question )?(?:(?:it|this) )?(?:is )?"
-    rf"(?:not answerable|unanswerable|(?:can ?not|can['’]t) be (?:answered|determined))\b{_REST}"
-    rf"|(?:there is )?no relevant information\b{_REST}"
-    rf"|(?:there is )?(?:insufficient|not enough) (?:to answer|information|evidence)\b{_REST}"
+    rf"(?:not answerable|unanswerable|(?:can ?not|can['’]t) be (?:answered|determined)){_AFTER}"
+    rf"|(?:there is )?no relevant information{_AFTER}"
+    rf"|(?:there is )?(?:insufficient|not enough) (?:to answer|information|evidence){_AFTER}"
     rf"|(?:it (?:is|was) )?not (?:found|given|stated|mentioned|specified)(?: (?:in|on) {_REST})?"
 )
 _LIST_BREAK = re.compile(r";|\n|,(?!\d{3}\b)|\band\b", re.IGNORECASE)

@@ -278,7 +278,7 @@ def _form_of(items: Sequence[Any], file: Path) -> str:
 
 
 def _unified(item: Any, before: dict[str, Question]) -> Question:
-    meta = _object(item).get("meta_info") or {}
+    meta = {} if _object(item).get("meta_info") is None else item["meta_info"]
     if not isinstance(meta, dict):
         raise _ItemError("field meta_info: not an object")
     own = {key: value for key, value in item.items() if key not in ("uid", "query", "reference_answer", "meta_info")}

@@ -270,18 +270,8 @@ def _titled(
 
 
 def _table_1(table: pd.DataFrame) -> str:
-    head = (
-        "cell",
-        "",
-        "overall",
-        *TYPES,
-        "no answer",
-        "crops",
-        *ANSWERS,
-        "seeds",
-        "paper 7B / 3B",
-        "SCORE SlideVQA / ViDoSeek",
-    )
+    head = ("cell", "", "overall", *TYPES, "no answer", "crops", *ANSWERS, "seeds", "paper 7B / 3B",
+            "SCORE SlideVQA / ViDoSeek")  # fmt: skip
     return _titled("**Table 1.** Accuracy, % [95 %].", table, head, lambda row: (
         f"`{row['cell']}`", row["about"], _cell(row, "overall"), *(_cell(row, kind) for kind in TYPES),
         f"{row['failed']} / {row['trajectories']}", _cell(row, "crops"), *_answers(row), row["seeds"],
