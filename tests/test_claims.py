@@ -39,3 +39,5 @@ def test_a_model_is_known_by_its_weights(tmp_path):
         (tmp_path / name / "model.safetensors").write_bytes(weights)
     a, b, c = (model_fingerprint(str(tmp_path / name)) for name in "abc")
     assert a == b != c and model_fingerprint("Qwen/Qwen2.5-VL-3B-Instruct") == "Qwen/Qwen2.5-VL-3B-Instruct"
+    (tmp_path / "c" / "model.safetensors").write_bytes(b"33")  # trained again, in the same process
+    assert model_fingerprint(str(tmp_path / "c")) not in (a, c)

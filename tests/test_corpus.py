@@ -318,7 +318,7 @@ def test_with_pages_replaces_by_id() -> None:
     page = Page("b_1", "b", 1, Path("b.jpg"), Size(10, 10), (TextLine("hello", Box(0, 0, 5, 5)),), "ocr")
     new = corpus.with_pages([page])
     assert new.page("b_1").text == "hello" and new.page("a_1") is corpus.page("a_1")
-    assert new.fingerprint == corpus.fingerprint
+    assert new.fingerprint == corpus.fingerprint and new.text_fingerprint != corpus.text_fingerprint
 
 
 def test_document_ids_are_safe_as_file_names() -> None:

@@ -34,7 +34,7 @@ from vrag_lib.trajectory import RecordError, read_trajectories
 
 
 class KnownCorpus(FakeCorpus):
-    fingerprint = "three square pages"
+    fingerprint = text_fingerprint = "three square pages"
 
 
 # Pages of this size are shown as they are, so boxes in a reply are boxes of the page.
@@ -329,6 +329,17 @@ def test_a_run_goes_on_where_it_stopped_and_ends_as_the_unbroken_one(tmp_path):
     assert rest.replies == 2 * (12 - 8)  # 17 replies ended 8 trajectories of two replies each
     pd.testing.assert_frame_equal(stable(whole), stable(resumed))
     evaluate(tmp_path / "broken", CountingPolicy(break_at=0), seeds=(0, 1))  # nothing is left to be generated
+
+
+def test_a_folder_holds_the_seeds_of_one_evaluation(tmp_path):
+    """The tables are of all seeds: another set with a seed of its own would write over them."""
+    before = evaluate(tmp_path, CountingPolicy(), seeds=(0,))
+    with pytest.raises(SynthesisError, match="questions="):
+        evaluate(tmp_path, CountingPolicy(), QUESTIONS[:3], seeds=(1,))
+    with pytest.raises(SynthesisError, match="checkpoint=None not 7"):
+        evaluate(tmp_path, CountingPolicy(), seeds=(1,), settings={"checkpoint": 7})
+    assert list(pd.read_csv(tmp_path / "questions.csv")["id"]) == list(before["id"])
+    assert evaluate(tmp_path, CountingPolicy(), seeds=(0, 1))["id"].nunique() == 2 * len(before)
 
 
 def test_a_run_writes_tables_that_say_how_they_came_about(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -130,6 +131,38 @@ def test_the_address_of_a_model_is_nothing_that_trajectories_depend_on(config, t
     assert list(evaluate()["id"]) == list(first["id"])
     with pytest.raises(SynthesisError, match=r"policy_settings\.temperature=1\.0 not 0\.5"):
         evaluate("policy.temperature=0.5")
+
+
+def test_weights_trained_anew_in_the_same_folder_are_another_model(config, tmp_path):
+    (tmp_path / "model").mkdir()
+
+    def evaluate():
+        policy = ScriptedPolicy(["<search>total</search>", "<answer>12</answer>"])
+        settings = override(config, ["policy.kind=transformers", f"policy.model={tmp_path / 'model'}"])
+        return evaluate_datasets({"minidocs": None}, settings, tmp_path / "out", policy=policy, limit=2)
+
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(b"1")
+    first = evaluate()
+    assert list(evaluate()["id"]) == list(first["id"])
+    weights.write_bytes(b"22")
+    with pytest.raises(SynthesisError, match=r"policy_settings\.model="):
+        evaluate()
+
+
+def test_text_that_was_read_another_way_is_another_corpus(config, tmp_path, monkeypatch):
+    def evaluate(ocr):
+        policy = ScriptedPolicy(["<search>total</search>", "<answer>12</answer>"])
+        settings = override(config, [f"corpus.ocr={ocr}"])
+        return evaluate_datasets({"minidocs": None}, settings, tmp_path / "out", policy=policy, limit=2)
+
+    def read(corpus, workers, pages):
+        return corpus.with_pages(replace(page, lines=page.lines[:1], text_source="ocr") for page in corpus.pages)
+
+    evaluate("none")
+    monkeypatch.setattr("vrag_lib.ocr.ocr_pages", read)
+    with pytest.raises(SynthesisError, match="page_texts="):
+        evaluate("all")
 
 
 def test_wrong_names_and_missing_folders_are_named(config):

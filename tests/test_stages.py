@@ -14,7 +14,7 @@ from PIL import Image
 from tiny_agent import random_checkpoint
 
 from vrag_lib.ask import ask
-from vrag_lib.claims import ClaimError, model_fingerprint
+from vrag_lib.claims import ClaimError
 from vrag_lib.config import ConfigError, load_config, override, read_config
 from vrag_lib.corpus import document_stem
 from vrag_lib.document_files import CorpusError
@@ -269,7 +269,6 @@ def test_a_training_does_not_go_on_with_other_settings_data_or_weights(made, tmp
             reinforce(config_of(tmp_path, other), start, train, folder=folder)
     with pytest.raises(ClaimError, match="judge"):
         reinforce(config_of(tmp_path), start, train, judge=lambda *item: True)
-    model_fingerprint.cache_clear()
     with pytest.raises(ClaimError, match="model="):
         reinforce(config_of(tmp_path), checkpoint_in(tmp_path, b"others"), train)
     assert len(runs) == 2 and read_config(folder).grpo.kl_coefficient == 0.01

@@ -23,7 +23,7 @@ from vrag_lib.trajectory import RecordError, StopReason, Trajectory
 
 
 class KnownCorpus(FakeCorpus):
-    fingerprint = "three pages"
+    fingerprint = text_fingerprint = "three pages"
 
 
 CORPUS = KnownCorpus([Size(1000, 800), Size(800, 600), Size(640, 480)])

@@ -32,7 +32,7 @@ from vrag_lib.trajectory import Trajectory, Turn, read_trajectories, write_traje
 
 
 class KnownCorpus(FakeCorpus):
-    fingerprint = "two pages"
+    fingerprint = text_fingerprint = "two pages"
 
     def __init__(self, sizes):
         super().__init__(sizes)

@@ -95,14 +95,17 @@ def text_fingerprint(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-@functools.cache
 def model_fingerprint(model: str) -> str:
     """A model by its weights, so that one trained anew in the same folder is another; a hub id by its name."""
-    files = sorted(Path(model).glob("*.safetensors"))
-    if not files:
-        return model
+    states = [(file, file.stat()) for file in sorted(Path(model).glob("*.safetensors"))]
+    return _weights_fingerprint(tuple((file, s.st_size, s.st_mtime_ns) for file, s in states)) if states else model
+
+
+@functools.cache
+def _weights_fingerprint(states: tuple[tuple[Path, int, int], ...]) -> str:
+    """Of files with their sizes and times, so that what was read is read again only when it was written again."""
     digest = hashlib.sha256()
-    for file in files:
+    for file, _, _ in states:
         with file.open("rb") as opened:
             digest.update(hashlib.file_digest(opened, "sha256").digest())
     return digest.hexdigest()[:16]

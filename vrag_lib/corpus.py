@@ -200,6 +200,14 @@ class Corpus:
         lines = [f"{document.id}\t{document.sha256}\t{document.settings}\n" for document in self.documents]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
+    @cached_property
+    def text_fingerprint(self) -> str:
+        """sha256 (hex) over the pages' text lines, which OCR changes and `fingerprint` leaves out."""
+        digest = hashlib.sha256()
+        for page in self.pages:
+            digest.update(f"{page.id}\n{page.text}\0".encode(errors="surrogatepass"))
+        return digest.hexdigest()
+
     def with_pages(self, pages: Iterable[Page]) -> Corpus:
         """The same corpus with the given pages in place of those of the same ids (OCR adds lines this way)."""
         new = {page.id: page for page in pages}

@@ -26,6 +26,7 @@ import numpy as np
 
 from vrag_lib.actions import ActionKind, InvalidReason
 from vrag_lib.answer_metrics import METRICS, is_answerable, is_refusal
+from vrag_lib.claims import claim
 from vrag_lib.config import EnvironmentConfig
 from vrag_lib.corpus import Corpus, Question
 from vrag_lib.geometry import iou
@@ -36,7 +37,7 @@ from vrag_lib.rendering import read_json, write_atomically
 from vrag_lib.retrieval import Retriever
 from vrag_lib.rewards import ndcg, pattern_reward
 from vrag_lib.stats import Difference, Interval, bootstrap_mean, paired_difference
-from vrag_lib.synthesis import sample
+from vrag_lib.synthesis import SynthesisError, questions_fingerprint, sample
 from vrag_lib.trajectory import Trajectory, clean_text, read_trajectories, write_trajectories
 
 if TYPE_CHECKING:
@@ -333,6 +334,16 @@ def run(
     folder = Path(folder)
     if not seeds or len(set(seeds)) != len(seeds):
         raise ValueError(f"seeds must be different and at least one, not {list(seeds)}")
+    described = {
+        "policy": policy.name,
+        "retriever": retriever.name,
+        "corpus_fingerprint": corpus.fingerprint,
+        "corpus_pages": len(corpus.page_ids),
+        "environment": asdict(environment),
+        **dict(settings or {}),
+    }
+    # The tables are of all seeds together, so a seed of other questions must not write over those of the others.
+    claim(folder / "samples", described | {"questions": questions_fingerprint(questions)}, error=SynthesisError)
     trajectories: list[Trajectory] = []
     for seed in seeds:
         trajectories += sample(
@@ -352,17 +363,8 @@ def run(
             settings=settings,
         )
     write_trajectories(trajectories, folder / "trajectories.parquet")
-    described = {
-        "policy": policy.name,
-        "retriever": retriever.name,
-        "corpus_fingerprint": corpus.fingerprint,
-        "corpus_pages": len(corpus.page_ids),
-        "environment": asdict(environment),
-        "seeds": list(seeds),
-        **dict(settings or {}),
-    }
     frame = evaluate_trajectories(trajectories, questions, judge, metrics)
-    _write_scores(folder, frame, judge, metrics, described)
+    _write_scores(folder, frame, judge, metrics, described | {"seeds": list(seeds)})
     return frame
 
 

@@ -10,19 +10,20 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from vrag_lib.agents import Agent, agent_environment, find_agent, questions_for
 from vrag_lib.answer_metrics import OFFICIAL_METRICS, is_answerable
+from vrag_lib.claims import model_fingerprint
 from vrag_lib.config import Config, save_config
 from vrag_lib.corpus import Corpus, Question
 from vrag_lib.corpus_formats import answerable, load_dataset, with_prefix
 from vrag_lib.dataset_hub import HUB_DATASETS, fetch_dataset
 from vrag_lib.document_files import CorpusError, document_stem
 from vrag_lib.evaluate import DEFAULT_METRICS, run
-from vrag_lib.factory import make_policy, make_retriever
+from vrag_lib.factory import SCALE_RETRIEVER, make_policy, make_retriever, scale_policy
 from vrag_lib.judge import Judge, rule_judge
 from vrag_lib.policy import Policy
 from vrag_lib.retrieval import Retriever
@@ -179,8 +180,6 @@ def evaluate_datasets(
         questions = tuple(questions[i] for i in chosen)
     official = [name for dataset in datasets for name in OFFICIAL_METRICS[dataset]]
     folder = Path(folder or evaluation_folder(datasets, config, agent.name))
-    named = asdict(config.policy)
-    depends = {key: named[key] for key in named if key not in ("batch_size", "device", "api_key_env", "base_url")}
     frame = run(
         policy or make_policy(corpus, config),
         questions,
@@ -194,7 +193,20 @@ def evaluate_datasets(
         judge=judge,
         metrics=tuple(dict.fromkeys((*DEFAULT_METRICS, *official, *metrics))),
         preset=config.preset,
-        settings={"agent": agent.name, "datasets": list(datasets), "split": split, "policy_settings": depends},
+        settings={"agent": agent.name, "datasets": list(datasets), "split": split, **_made_with(config)},
     )
     save_config(config, folder)
     return frame
+
+
+def _made_with(config: Config) -> dict[str, Any]:
+    """What the trajectories depend on of policy and retriever, models by their weights: those trained anew in the same
+    folder are others."""
+    named = asdict(config.policy)
+    settings = {key: named[key] for key in named if key not in ("batch_size", "device", "api_key_env", "base_url")}
+    if config.policy.kind == "transformers":
+        settings["model"] = model_fingerprint(str(config.policy.model or scale_policy()))
+    found = {"policy_settings": settings}
+    if config.retrieval.kind == "visual":
+        found["retrieval_model"] = model_fingerprint(str(config.retrieval.model or SCALE_RETRIEVER))
+    return found

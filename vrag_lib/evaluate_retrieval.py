@@ -294,9 +294,7 @@ def _fingerprint(texts: Mapping[str, Corpus], questions: Sequence[Question]) -> 
     """sha256 (hex) over everything that a method's ranking can depend on but its own code."""
     digest = hashlib.sha256()
     for name, corpus in texts.items():
-        digest.update(f"{name} {corpus.fingerprint}\n".encode())
-        for page in corpus.pages:
-            digest.update(f"{page.id}\n{page.text}\0".encode(errors="surrogatepass"))
+        digest.update(f"{name} {corpus.fingerprint} {corpus.text_fingerprint}\n".encode())
     for question in questions:
         digest.update(f"{question.uid} {question.query} {question.gold_page_ids}\n".encode(errors="surrogatepass"))
     return digest.hexdigest()

@@ -28,6 +28,7 @@ from vrag_lib.factory import make_retriever, make_sampler, scale_policy
 from vrag_lib.judge import Judge, rule_judge
 from vrag_lib.policy import Policy
 from vrag_lib.retrieval import Retriever
+from vrag_lib.synthesis import questions_fingerprint
 from vrag_lib.trajectory import Trajectory, read_trajectories, write_trajectories
 
 logger = logging.getLogger(__name__)
@@ -374,7 +375,7 @@ def reinforce(
     apart = set_apart(config, train or collection(config, "train"))
     inputs = {
         "model": model_fingerprint(str(checkpoint)),
-        "questions": text_fingerprint([(q.uid, q.query, q.reference_answer, q.gold_page_ids) for q in apart.questions]),
+        "questions": questions_fingerprint(apart.questions),
         "judge": getattr(judge, "name", getattr(judge, "__name__", "")),
         "seed": seed,
         "config": depends_on(config, "environment", "retrieval", "grpo"),

@@ -119,8 +119,9 @@ def sample(
         folder,
         {
             "policy": policy.name,
-            "questions": text_fingerprint([(q.uid, q.query, q.reference_answer, q.gold_page_ids) for q in questions]),
+            "questions": questions_fingerprint(questions),
             "corpus": corpus.fingerprint,
+            "page_texts": corpus.text_fingerprint,
             "retriever": retriever.name,
             "environment": asdict(environment),
             "samples_per_question": samples_per_question,
@@ -224,6 +225,11 @@ def _tasks(questions: Sequence[Question], count: int, seed: int, run_id: str) ->
         for question in questions
         for number in sample_seeds(seed, question.uid, count)
     ]
+
+
+def questions_fingerprint(questions: Iterable[Question]) -> str:
+    """16 hexadecimal digits of what is asked, its truth included."""
+    return text_fingerprint([(q.uid, q.query, q.reference_answer, q.gold_page_ids) for q in questions])
 
 
 def _claim(folder: Path, settings: dict[str, Any]) -> None:
