@@ -1,10 +1,13 @@
-"""The commands of the experiment: adapters are merged."""
+"""The commands of the experiment: adapters are merged, and a judge that answers nothing is no success."""
 
 from __future__ import annotations
 
 import json
 
+import pandas as pd
 import pytest
+from chat_server import running_server, say, send
+from pdf_files import words_pdf
 from tiny_agent import random_checkpoint
 
 from vrag_lib.cli import main
@@ -69,3 +72,38 @@ def test_what_cannot_be_merged_is_named(adapter, tmp_path, capsys):
         assert main(["merge", *arguments]) == 2
         assert message in capsys.readouterr().err
     assert main(["merge", str(tmp_path / "moved"), out, "--checkpoint", str(random_checkpoint())]) == 0
+
+
+def test_an_evaluation_that_the_judge_did_not_judge_is_no_success(tmp_path, monkeypatch, capsys):
+    """What was judged is written and kept; the same command asks for the rest."""
+    monkeypatch.setenv("VRAG_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("vrag_lib.endpoint.random.uniform", lambda low, high: 0.0)  # no wait between the tries
+    own, out = tmp_path / "own", tmp_path / "out"
+    words_pdf(
+        own / "documents" / "report.pdf", "The tree of the north is the birch", "The tree of the south is the olive"
+    )
+    items = [
+        {"query": f"What is the tree of the {direction}?", "reference_answer": tree}
+        for direction, tree in (("north", "birch"), ("south", "olive"))
+    ]
+    (own / "questions.json").write_text(json.dumps(items))
+    command = ["evaluate", "--dataset", "unified", "--path", str(own), "--out", str(out), "--judge-model", "judge"]
+    command += ["--policy", "extractive", "retrieval.kind=bm25", "corpus.ocr=none", "corpus.workers=1"]
+
+    def judge(handler, body):
+        right = "birch" in json.dumps(body)
+        (say("<judge>True</judge>") if right else send("no model", status=404))(handler, body)
+
+    with running_server() as server:
+        for behaviour, status, verdicts, said in [
+            (send("no model", status=404), 1, [], "no verdict on 2 of 2 answers"),
+            (judge, 0, [1], "no verdict on 1 of 2 answers"),
+            (say("<judge>False</judge>"), 0, [1, 0], ""),
+        ]:
+            server.behaviours, server.requests = [behaviour], []
+            assert main([*command, "--judge-url", server.url]) == status
+            shown = capsys.readouterr()
+            assert list(pd.read_csv(out / "questions.csv")["judge"].dropna()) == verdicts
+            assert said in shown.err if said else "verdict" not in shown.err
+            assert "percent, 95 % intervals" in shown.out
+    assert len(server.requests) == 1  # the other verdict was kept

@@ -31,7 +31,11 @@ def test_overrides_reach_nested_fields_with_their_types():
     "preset, override, message",
     [
         ("labtop", [], "there is no preset 'labtop'; presets are laptop"),
-        ("laptop", ["environment.max_turn=3"], "did you mean 'max_turns'"),
+        ("laptop", ["environment.max_turn=3"], r"did you mean 'environment\.max_turns'"),
+        ("laptop", ["retrieval.knd=text"], r"did you mean 'retrieval\.kind'\?"),
+        ("laptop", ["polcy.kind=openai"], r"did you mean 'policy\.kind'\?"),
+        ("laptop", ["kind=openai"], r"did you mean 'retrieval\.kind' or 'policy\.kind'\?"),
+        ("laptop", ["grpo.colour=3"], "known here: recipe, steps"),
         ("laptop", ["seed"], "written key=value"),
         ("laptop", ["seed=x"], "seed needs a value of type int, not 'x'"),
         ("laptop", ["environment=3"], "'environment' is a stage"),
@@ -43,6 +47,20 @@ def test_overrides_reach_nested_fields_with_their_types():
         ("laptop", ["environment.max_pixels=784"], r"min_pixels=\d+ is more than environment\.max_pixels=784"),
         ("laptop", ["policy.temperature=-0.1"], r"policy\.temperature is at least 0 and finite, not -0\.1"),
         ("laptop", ["policy.temperature=nan"], "temperature is at least 0"),
+        ("laptop", ["policy.top_p=7"], r"policy\.top_p is more than 0 and at most 1, not 7\.0"),
+        ("laptop", ["policy.top_p=nan"], "policy.top_p is more than 0"),
+        ("laptop", ["policy.max_reply_tokens=0"], "policy.max_reply_tokens is at least 1"),
+        ("laptop", ["policy.batch_size=0"], "policy.batch_size is at least 1"),
+        ("laptop", ["policy.kind=oracle"], r"policy\.kind is one of extractive, transformers, openai, not 'oracle'"),
+        ("laptop", ["policy.dtype=float8"], "policy.dtype is one of auto, float32, bfloat16, not 'float8'"),
+        ("laptop", ["policy.device=gpu"], "policy.device is one of auto, cpu, cuda"),
+        ("laptop", ["retrieval.kind=magic"], "retrieval.kind is one of text, bm25"),
+        ("laptop", ["retrieval.depth=0"], "retrieval.depth is at least 1"),
+        ("laptop", ["retrieval.kind=visual", "retrieval.dtype=float32"], "needs retrieval.engine=native"),
+        ("laptop", ["corpus.dpi=0"], "corpus.dpi is at least 1"),
+        ("laptop", ["corpus.workers=0"], "corpus.workers is at least 1"),
+        ("laptop", ["corpus.ocr=maybe"], "corpus.ocr is one of none, no_text, all, not 'maybe'"),
+        ("laptop", ["environment.given=gold"], "environment.given is one of none, retrieved"),
         ("laptop", ["preset=gpu_7b"], "--preset gpu_7b"),
         ("laptop", ["seed=99999999999999999999"], "seed lies between"),
         ("laptop", ["policy.api_key_env=sk-proj-abc"], "name of an environment variable, not what it holds"),
@@ -51,6 +69,26 @@ def test_overrides_reach_nested_fields_with_their_types():
 def test_wrong_presets_and_keys_are_named_with_the_remedy(preset, override, message):
     with pytest.raises(ConfigError, match=message):
         load_config(preset, override)
+
+
+@pytest.mark.parametrize("name", ["policy.base_url", "retrieval.url"])
+@pytest.mark.parametrize(
+    "url, message",
+    [
+        ("http://user:secret@host/v1", "holds a user name, password or query"),
+        ("http://:secret@host/v1", "holds a user name"),
+        ("http://host/v1?key=secret", "password or query"),
+        ("host:8000/secret", "http:// or https:// first"),
+        ("user:secret@host", "http:// or https:// first"),
+        ("http://host:99999/secret", "is no address"),
+    ],
+)
+def test_an_address_that_holds_a_secret_is_refused_without_repeating_it(name, url, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        load_config("laptop", [f"{name}={url}"])
+    assert str(error.value).startswith(name) and "secret" not in str(error.value)
+    remedy = "policy.api_key_env names" in str(error.value)
+    assert remedy == (name == "policy.base_url" and "holds a user name" in str(error.value))
 
 
 @pytest.mark.parametrize("preset", PRESETS)

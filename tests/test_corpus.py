@@ -158,6 +158,13 @@ def test_a_folder_that_gives_nothing_is_an_error_with_a_remedy(tmp_path: Path) -
         Corpus.from_folder(tmp_path, tmp_path / "cache")
 
 
+@pytest.mark.parametrize("dpi", [0, -72, 100_000])
+def test_a_resolution_out_of_range_is_refused_by_the_name_of_its_setting(tmp_path: Path, dpi: int) -> None:
+    words_pdf(tmp_path / "d.pdf", "One")
+    with pytest.raises(CorpusError, match=rf"dpi={dpi} .*corpus\.dpi.*150 is usual.*dpi 1-2400"):
+        Corpus.from_folder(tmp_path, tmp_path / "cache", dpi=dpi)
+
+
 def test_damaged_files_never_raise(tmp_path: Path) -> None:
     good = write_pdf(tmp_path / "good.pdf", [PdfPage([(30, 300, 20, "words")]), PdfPage()]).read_bytes()
     rng = random.Random(0)
@@ -286,31 +293,37 @@ def test_merge_keeps_each_document_once_and_refuses_a_clash() -> None:
     assert other.with_prefix("x-").page("x-b_1").document_id == "x-b"
 
 
-def test_a_duplicate_left_out_keeps_its_name_as_an_alias(tmp_path: Path) -> None:
+def test_files_tell_the_document_of_each_file_found(tmp_path: Path) -> None:
     for name, colour in {
         "a.png": "red", "b.png": "red", "x/c.png": "red", "y/c.png": "red",  # one picture under three names
         "m/d.png": "blue", "n/d.png": "green", "o/d.png": "green",  # two contents share a name
     }.items():  # fmt: skip
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.new("RGB", (60, 40), colour).save(tmp_path / name)
+    (tmp_path / "n" / "broken.png").touch()
     corpus = Corpus.from_folder(tmp_path, tmp_path / "cache", workers=1)
-    assert [document.id for document in corpus.documents] == ["a", "m_d", "n_d"] and len(corpus.problems) == 4
+    assert [document.id for document in corpus.documents] == ["a", "m_d", "n_d"] and len(corpus.problems) == 5
     assert [document.file_name for document in corpus.documents] == ["a.png", "m_d", "n_d"]
-    assert corpus.aliases == {"b": "a", "c": "a"}
+    assert corpus.files == {
+        "a.png": "a", "b.png": "a", "x/c.png": "a", "y/c.png": "a",
+        "m/d.png": "m_d", "n/d.png": "n_d", "o/d.png": "n_d", "n/broken.png": "",
+    }  # fmt: skip
+    assert Corpus.from_folder(tmp_path / "a.png", tmp_path / "cache", workers=1).files == {"a.png": "a"}
 
 
-def test_aliases_survive_what_is_made_of_a_corpus() -> None:
-    corpus = Corpus(_corpus("a", "c").documents, (), {"b": "a", "d": "c", "c": "a", "x": "gone"})
-    assert corpus.aliases == {"b": "a", "d": "c"}  # a document that is there is no alias, one that is not has none
+def test_files_survive_what_is_made_of_a_corpus() -> None:
+    corpus = Corpus(_corpus("a", "c").documents, (), {"a.pdf": "a", "b.pdf": "a", "c.pdf": "c", "x.pdf": "gone"})
+    assert corpus.files == {"a.pdf": "a", "b.pdf": "a", "c.pdf": "c", "x.pdf": ""}
     problem = Problem("x.pdf", "broken")
-    assert corpus.with_pages([]).with_problems([problem]).aliases == corpus.aliases
+    assert corpus.with_pages([]).with_problems([problem]).files == corpus.files
     assert corpus.with_problems([problem]).with_problems([problem]).problems == (problem, problem)
-    assert corpus.with_prefix("p-").aliases == {"p-b": "p-a", "p-d": "p-c"}
+    assert corpus.with_prefix("p-").files == {"a.pdf": "p-a", "b.pdf": "p-a", "c.pdf": "p-c", "x.pdf": ""}
     some = corpus.with_documents({"a"})
-    assert (some.page_ids, some.aliases) == (("a_1",), {"b": "a"})
-    assert Corpus.merge([corpus, some, _corpus("d")]).aliases == {"b": "a"}
-    other = Corpus(_corpus("e").documents, (), {"b": "e", "f": "e"})
-    assert Corpus.merge([corpus, other]).aliases == {"d": "c", "f": "e"}  # what `b` stands for cannot be told
+    assert (some.page_ids, some.files) == (("a_1",), {"a.pdf": "a", "b.pdf": "a", "c.pdf": "", "x.pdf": ""})
+    assert Corpus.merge([corpus, _corpus("d")]).files == corpus.files
+    other = Corpus(_corpus("e").documents, (), {"b.pdf": "e", "f.pdf": "e"})
+    merged = Corpus.merge([corpus, other])
+    assert merged.files == {"a.pdf": "a", "c.pdf": "c", "x.pdf": "", "f.pdf": "e"}  # `b.pdf` could be either's
 
 
 def test_with_pages_replaces_by_id() -> None:

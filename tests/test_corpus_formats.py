@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from helpers import FakeRetriever
 from hypothesis import given, settings
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from pdf_files import words_pdf
 from PIL import Image
 
+from vrag_lib.answer_metrics import METRICS
 from vrag_lib.config import EnvironmentConfig
 from vrag_lib.corpus import Corpus, Document, Page, Question
 from vrag_lib.corpus_formats import (
@@ -24,6 +26,7 @@ from vrag_lib.corpus_formats import (
 )
 from vrag_lib.document_files import CorpusError, Problem
 from vrag_lib.geometry import Size
+from vrag_lib.judge import rule_judge
 from vrag_lib.policy import ScriptedPolicy
 from vrag_lib.rewards import retrieval_reward
 from vrag_lib.rollout import rollout
@@ -98,6 +101,55 @@ def test_what_a_table_program_exports_is_read(tmp_path: Path) -> None:
     assert len(problems) == 1 and "regions" in problems[0].reason
 
 
+def test_halves_of_surrogate_pairs_are_harmless_in_every_field(tmp_path: Path) -> None:
+    item = {
+        "query": "q",
+        "reference_answer": "\ud800 a",
+        "own \udc00": "\udc01",
+        "meta_info": {
+            "file_name": "b\udc02.pdf",
+            "reference_page": ["1"],
+            "source_type": "\udc03",
+            "key \udc04": ["\udc05"],
+        },
+    }
+    questions = load_questions(_write(tmp_path / "questions.json", [item, {"que\ud800ry": "x"}]))
+    assert questions == (
+        Question("q1", "q", "? a", "b?.pdf", (1,), "?", "", {"own ?": "?", "key ?": ["?"]}),
+    )  # fmt: skip
+    write_unified(questions, tmp_path / "again.json")
+    assert load_questions(tmp_path / "again.json") == questions
+    pd.DataFrame([vars(question) for question in questions]).to_parquet(tmp_path / "questions.parquet")
+
+
+def test_fields_of_meta_info_may_stand_beside_it(tmp_path: Path) -> None:
+    flat = {"query": "a", "reference_answer": "1", "file_name": "d.pdf", "reference_page": [2], "source_type": "text",
+            "query_type": "easy", "own": 3}  # fmt: skip
+    both = {**flat, "meta_info": {"file_name": "e.pdf", "reference_page": None}}
+    first, second = load_questions(_write(tmp_path / "questions.json", [flat, both]))
+    assert first == Question("q1", "a", "1", "d.pdf", (2,), "text", "easy", {"own": 3})
+    assert second == Question("q2", "a", "1", "e.pdf", (2,), "text", "easy", {"own": 3})
+
+
+def test_a_misspelt_field_is_named_once_a_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    item = {"query": "a", "reference_answer": "1"}
+    meta = {"filename": "d.pdf", "reference_pages": [2], "doc_type": "paper", "answer_type": "Span"}
+    right = {"file_name": "d.pdf", "reference_page": [1], "page": 7}  # an own field, beside the right one
+    items = [
+        {**item, "meta_info": meta},
+        {**item, "meta_info": meta},
+        {**item, "page": 3},
+        {**item, "meta_info": right},
+    ]
+    file = _write(tmp_path / "questions.json", items)
+    assert len(load_questions(file)) == 4
+    assert sorted(record.getMessage() for record in caplog.records) == [
+        f"{file}: 1 items have a field 'page', which is not read; is 'reference_page' meant?",
+        f"{file}: 2 items have a field 'filename', which is not read; is 'file_name' meant?",
+        f"{file}: 2 items have a field 'reference_pages', which is not read; is 'reference_page' meant?",
+    ]
+
+
 def test_slidevqa_annotation(tmp_path: Path) -> None:
     line = {
         "deck_name": "deck.name-150318_95",
@@ -168,7 +220,12 @@ BAD = [
     (_item(meta={"file_name": ""}), "field file_name: missing or empty"),
     (_item(meta={"reference_page": [-1]}), "-1 is no page number"),
     (_item(meta={"reference_page": [True]}), "True is no page number"),
-    (_item(meta={"reference_page": ["4"]}), "'4' is no page number"),
+    (_item(meta={"reference_page": ["iv"]}), "'iv' is no page number"),
+    (_item(meta={"reference_page": ["9" * 5000]}), "is no page number"),
+    (_item(reference_answer={"a": 1}), "field reference_answer: \"{'a': 1}\" is neither text, a number nor a list"),
+    (_item(reference_answer=[["a"], "b"]), "field reference_answer: \"['a']\" is neither"),
+    (_item(reference_answer=[]), "field reference_answer: '[]' is neither"),
+    (_item(reference_answer=["a", None]), "field reference_answer: missing or empty"),
     (_item(meta={"reference_page": {"a": 1}}), "not a list but dict"),
     (_item(meta={"reference_page": "__import__('os').abort()"}), "is not a list"),
     (_item(meta={"reference_page": "[" * 5000}), "is not a list"),
@@ -191,11 +248,14 @@ def test_malformed_items_are_named_and_left_out(tmp_path: Path, caplog: pytest.L
 @pytest.mark.parametrize(
     ("content", "words"),
     [
+        ("", r"questions\.json is not JSON .*it should hold one list"),
         ("{ not json", "is not JSON"),
+        ('{"query": "a"}\n{"query": "b"}', r"questions\.json is not JSON .*one a line belong in a \.jsonl file"),
         ("[" * 100_000, "is not JSON"),
         ("3", "neither a list"),
         ({"examples": {}}, "neither a list"),
-        ([], "no known question format"),
+        ([], r"questions\.json holds no question: it is empty; an item needs a query and a reference_answer"),
+        ({"examples": []}, r"questions\.json holds no question: it is empty"),
         ([{"prompt": "x"}], "no known question format"),
         ({"examples": [_item(query="")]}, "no usable question; the first: item 0: field query"),
     ],
@@ -224,6 +284,43 @@ def test_which_file_of_a_folder(tmp_path: Path) -> None:
         load_dataset("csv", tmp_path)
 
 
+def test_a_broken_or_empty_jsonl_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CorpusError, match=r"q\.jsonl holds no question: line 1 is not JSON"):
+        load_questions(_write(tmp_path / "q.jsonl", "{ broken\n"))
+    with pytest.raises(CorpusError, match=r"q\.jsonl holds no question: it is empty"):
+        load_questions(_write(tmp_path / "q.jsonl", "\n"))
+
+
+def test_several_question_files_of_one_format(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing tells which of two of the unified form is meant; a benchmark's own name comes before the others."""
+    for name in ("questions", "rag_dataset", "vidoseek"):
+        _write(tmp_path / f"{name}.json", [_item(uid=name)])
+    with pytest.raises(
+        CorpusError, match=r"files: questions\.json, rag_dataset\.json; leave only the one to read there$"
+    ):
+        load_questions(tmp_path, "unified")
+    assert load_questions(tmp_path, "vidoseek")[0].uid == "vidoseek"
+    assert "vidoseek.json, not from" in caplog.text and "rag_dataset.json" in caplog.text
+
+    other = tmp_path / "other"
+    for name in ("first", "second"):
+        _write(other / f"{name}.json", [_item(uid=name)])
+    with pytest.raises(CorpusError, match=r"files: first\.json, second\.json; .* there, or call it questions\.json"):
+        load_questions(other, "unified")
+    (other / "second.json").rename(other / "questions.json")
+    assert load_questions(other, "unified")[0].uid == "second"
+
+
+@pytest.mark.parametrize("format", ["auto", "unified"])
+def test_a_table_of_questions_is_named_where_no_question_file_lies(tmp_path: Path, format: str) -> None:
+    (tmp_path / "questions.csv").write_text("query,reference_answer\n")
+    (tmp_path / "more.XLSX").touch()
+    with pytest.raises(
+        CorpusError, match=r"holds no question file .*from JSON or JSON lines, not from more\.XLSX, quest"
+    ):
+        load_questions(tmp_path, format)
+
+
 words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
 questions = st.builds(
     Question,
@@ -249,7 +346,21 @@ def test_writing_and_reading_gives_the_same_questions(tmp_path_factory: pytest.T
 def test_answers_that_are_no_strings_become_text(tmp_path: Path) -> None:
     items = [_item(uid=1, reference_answer=18.5), _item(uid=2, reference_answer=["a", "b"])]
     first, second = load_questions(_write(tmp_path / "q.json", {"examples": items}))
-    assert (first.uid, first.reference_answer, second.reference_answer) == ("1", "18.5", '["a", "b"]')
+    assert (first.uid, first.reference_answer, second.reference_answer) == ("1", "18.5", "a; b")
+
+
+def test_an_answer_that_is_a_list_is_judged_as_one(tmp_path: Path) -> None:
+    """All its entries are asked for, in any order, numbers by value; the List of MMLongBench-Doc stays a literal."""
+    answers = [["1,250", "$300"], ['say "hi"', "Smith, John"], ["12 barns"], [3, 4.5]]
+    items = [_item(uid=str(i), reference_answer=answer) for i, answer in enumerate(answers)]
+    items.append(_item(uid="form", reference_answer=["rye", "oats"], meta={"answer_format": "List"}))
+    numbers, texts, one, plain, form = load_questions(_write(tmp_path / "q.json", items))
+    assert rule_judge("?", numbers.reference_answer, "300 dollars and 1250")
+    assert not rule_judge("?", numbers.reference_answer, "1250")
+    assert not rule_judge("?", numbers.reference_answer, "300, 1250, 7")
+    assert rule_judge("?", texts.reference_answer, 'Smith, John; say "hi"')
+    assert rule_judge("?", one.reference_answer, "12") and rule_judge("?", plain.reference_answer, "4.50, 3")
+    assert METRICS["mmlongbench"](form, "oats and rye") == 1 and rule_judge("?", form.reference_answer, "oats, rye")
 
 
 def test_check_gold_names_what_is_missing() -> None:
@@ -316,3 +427,62 @@ def test_a_question_about_a_duplicate_asks_about_the_document_kept(
 
     prefixed, asked = load_dataset("unified", tmp_path, prefix="x-", cache_dir=tmp_path / "cache")
     assert check_gold(prefixed, asked) == [] and asked[1].file_name == "x-a.png"
+
+
+def _reports(root: Path, *names: str) -> None:
+    """Pages of one colour each: that of their place in the list of names."""
+    for shade, name in enumerate(names):
+        (root / "documents" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 48), (8 * shade, 0, 0)).save(root / "documents" / name)
+
+
+def _ask(root: Path, *file_names: str, **options: Any) -> tuple[Corpus, list[tuple[str, ...]]]:
+    """The corpus, and the gold pages of a question about page 1 of each file name."""
+    items = [_item(uid=str(i), meta={"file_name": n, "reference_page": [1]}) for i, n in enumerate(file_names)]
+    _write(root / "questions.json", items)
+    corpus, asked = load_dataset("unified", root, cache_dir=root / "cache", workers=1, **options)
+    return corpus, [question.gold_page_ids[0] for question in asked]
+
+
+def test_a_question_names_one_of_several_files_by_its_folder(tmp_path: Path) -> None:
+    _reports(tmp_path, "a/report.png", "b/report.png", "c/2020/report.png", "only.png", "d/only_here.png")
+    names = ["a/report.png", "b\\report.png", "2020/report.png", "elsewhere/only.PNG", "documents/a/report.png",
+             "b_report", "x/only_here.pdf"]  # fmt: skip
+    pages = ["a_report_1", "b_report_1", "c_2020_report_1", "only_1", "a_report_1", "b_report_1", "only_here_1"]
+    corpus, gold = _ask(tmp_path, *names)
+    assert gold == pages and set(gold) <= set(corpus.page_ids)
+    corpus, gold = _ask(tmp_path, *names, prefix="x-")
+    assert gold == [f"x-{page}" for page in pages] and set(gold) <= set(corpus.page_ids)
+
+
+def test_a_question_about_a_file_in_a_folder_is_not_about_its_namesake_above(tmp_path: Path) -> None:
+    _reports(tmp_path, "report.png", "a/report.png", "b/report.png")
+    assert _ask(tmp_path, "a/report.png", "report.png")[1] == ["a_report_1", "report_1"]
+    (tmp_path / "documents/b/report.png").write_bytes(b"broken")
+    (tmp_path / "documents/report.png").unlink()
+    corpus, gold = _ask(
+        tmp_path, "b/report.png"
+    )  # what could not be read leaves its name to the other, not its questions
+    assert "report_1" in corpus and gold == ["b_report_1"]
+
+
+def test_a_file_name_that_may_mean_several_documents_is_refused(tmp_path: Path) -> None:
+    _reports(tmp_path, "a/report.png", "b/report.png", "c.png", "c.bmp")
+    with pytest.raises(
+        CorpusError, match=r"'report\.png', which is ambiguous: .*a/report\.png, b/report\.png; .*below the"
+    ):
+        _ask(tmp_path, "report.png")
+    with pytest.raises(CorpusError, match=r"such as 'c\.bmp'"):
+        _ask(tmp_path, "c")
+    assert _ask(tmp_path, "c.png", "c.bmp")[1] == ["c_png_1", "c_bmp_1"]
+
+
+def test_a_duplicate_among_files_of_one_name_is_found_by_its_folder(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _reports(tmp_path, "m/d.png", "n/d.png", "o/other.png")
+    (tmp_path / "documents/o/d.png").write_bytes((tmp_path / "documents/n/d.png").read_bytes())
+    (tmp_path / "documents/p").mkdir()
+    (tmp_path / "documents/p/other.png").write_bytes((tmp_path / "documents/o/other.png").read_bytes())
+    assert _ask(tmp_path, "o/d.png", "n/d.png", "other.png")[1] == ["n_d_1", "n_d_1", "other_1"]
+    assert "1 of 3 questions are about duplicates" in caplog.text and "gold pages are not" not in caplog.text

@@ -33,3 +33,21 @@ def test_a_policy_is_not_made_with_a_temperature_that_is_none():
     config = dataclasses.replace(config, policy=dataclasses.replace(config.policy, temperature=-1.0))
     with pytest.raises(ConfigError, match=r"policy\.temperature is at least 0"):
         factory.make_policy(None, config)
+
+
+@pytest.mark.parametrize(
+    "built_for, reason", [(None, "this torch is built without CUDA"), ("13.0", "torch finds no GPU")]
+)
+def test_a_card_that_is_not_there_is_named_with_the_setting(built_for, reason, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.version.cuda", built_for)
+    for make, settings in [
+        (factory.make_policy, ["policy.kind=transformers", "policy.model=m", "policy.device=cuda"]),
+        (factory.make_retriever, ["retrieval.kind=visual", "retrieval.device=cuda"]),
+    ]:
+        name = settings[-1]
+        with pytest.raises(ConfigError, match=f"{name}, but {reason}; set {name.replace('cuda', 'cpu')} "):
+            make(None, load_config("laptop", settings))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    factory.require_device("policy.device", "cuda")
+    factory.require_policy(load_config("gpu_3b", ["rollout.engine=transformers"]))

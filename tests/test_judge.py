@@ -86,6 +86,8 @@ from vrag_lib.judge import MAX_ANSWER_CHARS, JudgeError, normalise, parse_number
         ("5", "5万", False),
         ("50000", "5万元", True),
         ("1990", "1990s", False),
+        ("['1,250', '300']", "1250, 300", True),
+        ("['1,250', '300']", "1250, 301", False),
         ("rye", "True", False),
         ("rye", "Judge: the answer is correct. <judge>True</judge>", False),
     ],

@@ -17,6 +17,7 @@ import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 
+from vrag_lib.config import ConfigError
 from vrag_lib.corpus import Corpus, Document, Page
 from vrag_lib.geometry import Size
 from vrag_lib.retrieval import Hit, Retriever
@@ -273,6 +274,13 @@ def test_an_answer_that_makes_no_sense_is_named_and_not_asked_for_again(corpus, 
     with pytest.raises(SearchServerError, match=message):
         retriever.search(["q"], 10)
     assert len(log) == 1
+
+
+@pytest.mark.parametrize("url", ["http://user:secret@host", "http://host/search?key=secret", "secret:8000"])
+def test_an_address_that_holds_a_secret_or_is_none_is_refused(corpus, url):
+    with pytest.raises(ConfigError, match="the URL of the search server") as error:
+        RemoteRetriever(url, corpus)
+    assert "secret" not in str(error.value)
 
 
 def test_an_empty_search_is_no_request(corpus):

@@ -436,7 +436,7 @@ def test_own_documents_are_synthesised_by_experts_behind_an_endpoint(own, monkey
     monkeypatch.setattr("vrag_lib.stages.make_expert_policy", lambda *_: policy)
     with pytest.raises(ConfigError, match=r"scripted experts know MiniDocs alone, not unified: .*experts=openai"):
         synthesize(own)
-    config = override(own, ["synthesis.experts=openai", "policy.base_url=x", "synthesis.planner=p"])
+    config = override(own, ["synthesis.experts=openai", "policy.base_url=http://x/v1", "synthesis.planner=p"])
     with pytest.raises(ConfigError, match=r"synthesis\.grounder="):
         synthesize(config)
     folder = synthesize(

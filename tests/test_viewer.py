@@ -8,6 +8,7 @@ import hashlib
 import html
 import io
 import re
+import time
 from html.parser import HTMLParser
 
 import pytest
@@ -22,7 +23,7 @@ from vrag_lib.geometry import Box, Size
 from vrag_lib.policy import ScriptedPolicy
 from vrag_lib.rollout import rollout
 from vrag_lib.trajectory import StopReason, Trajectory, Turn
-from vrag_lib.viewer import MAX_TEXT_CHARS, show, trajectory_html, visible
+from vrag_lib.viewer import MAX_TEXT_CHARS, show, trajectory_html, unlike_record, visible
 
 CORPUS = FakeCorpus([Size(640, 480), Size(300, 500)])
 SMALL = EnvironmentConfig(max_turns=8, min_pixels=16 * 28 * 28, max_pixels=64 * 28 * 28, crop_padding=10)
@@ -235,6 +236,24 @@ def test_a_megabyte_is_cut_and_says_so():
     page = trajectory_html([make(["a" * 1_000_000, "<answer>x</answer>"], query="b" * 1_000_000)], CORPUS)
     assert len(page) < 40 * MAX_TEXT_CHARS
     assert "… [20,000 of 1,000,000 characters shown]" in page
+
+
+def test_thoughts_that_are_never_closed_take_no_time():
+    """Answers of an endpoint may be megabytes."""
+    start = time.process_time()
+    assert "a thought" in trajectory_html([make(["<think>a thought</think>", "<think>" * 20_000])], CORPUS)
+    assert time.process_time() - start < 5
+
+
+def test_a_corpus_that_is_not_the_records_is_told_from_it():
+    trajectories = [make(), make()]
+    assert unlike_record(trajectories, CORPUS) == []
+    fewer = unlike_record(trajectories, FakeCorpus([]))
+    assert len(fewer) == 1 and fewer[0].startswith("1 of the 1 pages that the trajectories show are not among these")
+    other = unlike_record(trajectories, FakeCorpus([Size(641, 480), Size(300, 500)]))
+    assert len(other) == 1 and "are of another size here, the first: doc_1; give the documents" in other[0]
+    read = Trajectory("t", "q", "why?", (Turn("user", "text", text_pages=("doc_9",)),), StopReason.ERROR)
+    assert "1 of the 2 pages" in unlike_record([*trajectories, read], CORPUS)[0]
 
 
 @pytest.mark.parametrize("failure", [FileNotFoundError("no <b>file</b> p.png"), OSError(), MemoryError("big")])

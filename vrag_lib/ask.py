@@ -7,14 +7,16 @@ import itertools
 import re
 import shutil
 import textwrap
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from vrag_lib.actions import ActionKind
-from vrag_lib.config import Config, RolloutConfig, save_config
+from vrag_lib.config import Config, ConfigError, RolloutConfig, save_config
 from vrag_lib.corpus import Corpus, Question
-from vrag_lib.factory import make_policy, make_retriever, open_corpus
+from vrag_lib.document_files import CorpusError
+from vrag_lib.factory import make_policy, make_retriever, open_corpus, require_policy, require_retriever
 from vrag_lib.rollout import rollout
 from vrag_lib.trajectory import Trajectory, Turn, write_trajectories
 from vrag_lib.viewer import trajectory_html, visible
@@ -37,26 +39,37 @@ def ask(path: str | Path, question: str, config: Config) -> Answer:
     """Answer `question` from the documents at `path`; write trajectory, config and viewer page to a new folder below
     `ask/` of the results.
 
-    Raises CorpusError, ConfigError or RetrievalIndexError when the documents, settings or index cannot be used; a
-    policy that fails ends with a trajectory that says so.
+    Raises CorpusError, ConfigError, ModelError or RetrievalIndexError when the documents, settings, results folder,
+    model or index cannot be used, settings and folder before documents are rendered; a policy that fails ends with a
+    trajectory that says so.
     """
     if not question.strip():
         raise ValueError("the question is empty")
-    corpus = open_corpus(path, config)
-    retriever = make_retriever(corpus, config)
-    policy = make_policy(corpus, dataclasses.replace(config, rollout=RolloutConfig()))  # one question needs no engine
-    item = Question("ask", question.strip(), "")
-    trajectory = rollout(
-        policy,
-        [item],
-        corpus,
-        retriever,
-        config.environment,
-        seeds=[config.seed],
-        preset=config.preset,
-        run_id="ask",
-    )[0]
+    acting = dataclasses.replace(config, rollout=RolloutConfig())  # one question needs no engine
+    config.environment.validate()
+    require_retriever(config)
+    require_policy(acting)
+    if not Path(path).exists():
+        raise CorpusError(f"{path} does not exist; give a folder of PDFs or images, or one such file")
     folder = _new_folder(config.folder("ask"), question)
+    try:
+        corpus = open_corpus(path, config)
+        retriever = make_retriever(corpus, config)
+        item = Question("ask", question.strip(), "")
+        trajectory = rollout(
+            make_policy(corpus, acting),
+            [item],
+            corpus,
+            retriever,
+            config.environment,
+            seeds=[config.seed],
+            preset=config.preset,
+            run_id="ask",
+        )[0]
+    except BaseException:
+        with suppress(OSError):
+            folder.rmdir()
+        raise
     save_config(config, folder)
     write_trajectories([trajectory], folder / "trajectories.parquet")
     viewer = folder / "trajectory.html"
@@ -65,16 +78,23 @@ def ask(path: str | Path, question: str, config: Config) -> Answer:
 
 
 def _new_folder(parent: Path, question: str) -> Path:
-    """A folder of this run's own, named by the time (UTC) and the question's first words: no earlier answer is lost."""
+    """A folder of this run's own, named by the time (UTC) and the question's first words: no earlier answer is lost.
+
+    Raises ConfigError where none can be made.
+    """
     words = re.sub(r"[\W_]+", "-", question.lower()).strip("-")[:40].strip("-")
     name = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{words}"
-    for number in itertools.count(1):
-        folder = parent / (name if number == 1 else f"{name}-{number}")
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:  # the same question in the same second
-            continue
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        for number in itertools.count(1):
+            folder = parent / (name if number == 1 else f"{name}-{number}")
+            with suppress(FileExistsError):  # the same question in the same second
+                folder.mkdir()
+                return folder
+    except OSError as error:
+        raise ConfigError(
+            f"no folder can be made in {parent} ({error.strerror}); name another with --out or results="
+        ) from error
 
 
 def describe_answer(trajectory: Trajectory, corpus: Corpus) -> str:

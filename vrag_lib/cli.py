@@ -21,6 +21,7 @@ from vrag_lib.cli_options import (
     add_retriever_options,
     check_retriever,
     interval_table,
+    parse,
     read_config,
     read_policy_config,
     retriever_settings,
@@ -42,13 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; errors that name a wrong input end with status 2 and one line, not a traceback."""
-    parser = build_parser()
-    # Overrides may stand anywhere after the command, which argparse cannot declare: they are what it does not know.
-    arguments, overrides = parser.parse_known_args(argv)
-    unknown = [text for text in overrides if text.startswith("-") or "=" not in text]
-    if unknown:
-        parser.error(f"unknown argument {unknown[0]!r}; settings are written key=value")
-    arguments.overrides = overrides
+    arguments = parse(build_parser(), sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         return arguments.run(arguments) or 0
@@ -87,9 +82,10 @@ def _ask(commands) -> None:
 
 def _index(commands) -> None:
     def run(arguments) -> None:
-        from vrag_lib.factory import make_retriever, open_corpus
+        from vrag_lib.factory import make_retriever, open_corpus, require_retriever
 
         config = check_retriever(arguments, read_config(arguments, retriever_settings(arguments)))
+        require_retriever(config)
         corpus = open_corpus(arguments.path, config)
         retriever = make_retriever(corpus, config)
         print(f"{len(corpus.documents)} documents, {len(corpus.pages)} pages, {len(corpus.problems)} left out")
@@ -102,12 +98,13 @@ def _index(commands) -> None:
 
 def _serve(commands) -> None:
     def run(arguments) -> None:
-        from vrag_lib.factory import make_retriever, open_corpus
+        from vrag_lib.factory import make_retriever, open_corpus, require_retriever
         from vrag_lib.search_server import serve
 
         if not 0 < arguments.port < 65536:
             raise ValueError(f"--port lies between 1 and 65535, not at {arguments.port}")
         config = check_retriever(arguments, read_config(arguments, retriever_settings(arguments)))
+        require_retriever(config)
         corpus = open_corpus(arguments.path, config)
         serve(make_retriever(corpus, config), corpus, arguments.host, arguments.port, top_k=config.retrieval.depth)
 
@@ -122,12 +119,14 @@ def _view(commands) -> None:
     def run(arguments) -> None:
         from vrag_lib.factory import open_corpus
         from vrag_lib.trajectory import read_trajectories
-        from vrag_lib.viewer import trajectory_html
+        from vrag_lib.viewer import trajectory_html, unlike_record
 
         if arguments.most < 1:
             raise ValueError(f"--most is a number of trajectories, at least 1, not {arguments.most}")
         trajectories = read_trajectories(arguments.trajectories)[: arguments.most]
         corpus = open_corpus(arguments.path, read_config(arguments, {"corpus.ocr": "none"}))
+        for problem in unlike_record(trajectories, corpus):
+            print(f"WARNING: {problem}", file=sys.stderr)
         page = trajectory_html(trajectories, corpus, title=Path(arguments.trajectories).stem)
         target = Path(arguments.out or Path(arguments.trajectories).with_suffix(".html"))
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -135,7 +134,8 @@ def _view(commands) -> None:
         print(f"viewer  {target}")
 
     what = "write one HTML page that shows a file of trajectories"
-    positionals = [("trajectories", "a trajectories.parquet"), ("path", "the documents they were made from")]
+    documents = "the documents they were made from; others with files of the same names and page sizes pass unnoticed"
+    positionals = [("trajectories", "a trajectories.parquet"), ("path", documents)]
     parser = add_command(commands, "view", run, what, positionals)
     parser.add_argument("--most", type=int, default=50, help="trajectories shown (default: %(default)s)")
     parser.add_argument("--out", help="HTML file (default: beside the parquet file)")
@@ -153,6 +153,8 @@ def _eval_retrieval(commands) -> None:
         config = read_config(arguments)
         out = Path(arguments.out or default_folder(config, arguments.dataset))
         dataset = find_dataset(arguments.dataset)
+        if not dataset.exists():
+            raise ValueError(f"{dataset} does not exist; give the folder of a benchmark, or one of its names (--help)")
         table = run_eval_retrieval(dataset, out, workers=config.corpus.workers, seed=config.seed)
         print(f"percent, 95 % intervals over questions\n{interval_table(table, ['method'], _SHOWN)}")
         print(f"all columns  {out / 'metrics.csv'}")

@@ -8,8 +8,16 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from vrag_lib.cli_options import add_command, add_policy_options, interval_table, read_config, read_policy_config
+from vrag_lib.cli_options import (
+    add_command,
+    add_policy_options,
+    add_several,
+    interval_table,
+    read_config,
+    read_policy_config,
+)
 from vrag_lib.config import Config, cache_dir
+from vrag_lib.settings import KEY_REMEDY, check_url
 
 
 def _synthesize(commands) -> None:
@@ -17,7 +25,7 @@ def _synthesize(commands) -> None:
         from vrag_lib.stages import synthesize
 
         config = read_config(arguments, experiment=True)
-        folder = synthesize(config, judge=_judge(arguments, config) if arguments.judge_model else None)
+        folder = synthesize(config, judge=_judge(arguments, config))
         print((folder / "README.md").read_text())
 
     what = "let experts write trajectories for the cold start, filter and balance them, export them"
@@ -26,9 +34,12 @@ def _synthesize(commands) -> None:
 
 def _sft(commands) -> None:
     def run(arguments) -> None:
+        from vrag_lib.factory import require_device
         from vrag_lib.stages import fine_tune
 
-        print(f"model  {fine_tune(read_config(arguments, experiment=True), trajectories=arguments.trajectories)}")
+        config = read_config(arguments, experiment=True)
+        require_device("policy.device", config.policy.device)
+        print(f"model  {fine_tune(config, trajectories=arguments.trajectories)}")
 
     parser = add_command(commands, "sft", run, "fine-tune the policy on the trajectories of `vrag synthesize`")
     parser.add_argument("--trajectories", type=int, help="train on the first so many of them (default: all)")
@@ -36,12 +47,16 @@ def _sft(commands) -> None:
 
 def _grpo(commands) -> None:
     def run(arguments) -> None:
+        from vrag_lib.factory import require_device
         from vrag_lib.grpo_runs import draw_runs, keep_sample
+        from vrag_lib.judge import rule_judge
         from vrag_lib.stages import reinforce
         from vrag_lib.training import is_main_process
 
         config = read_config(arguments, experiment=True)
-        model = reinforce(config, arguments.checkpoint, seed=arguments.seed, judge=_judge(arguments, config))
+        judge = _judge(arguments, config) or rule_judge
+        require_device("policy.device", config.policy.device)
+        model = reinforce(config, arguments.checkpoint, seed=arguments.seed, judge=judge)
         if is_main_process():
             keep_sample(model.parent, config.grpo.group_size)
             print(f"model  {model}\ncurves {draw_runs(config.folder('grpo'), config.grpo.recipe)}")
@@ -75,27 +90,35 @@ def _merge(commands) -> None:
 
 
 def _evaluate(commands) -> None:
-    def run(arguments) -> None:
+    def run(arguments) -> int:
+        from vrag_lib.agents import find_agent
         from vrag_lib.answer_metrics import OFFICIAL_METRICS
         from vrag_lib.evaluate import summary_table
         from vrag_lib.evaluate_datasets import evaluate_datasets, evaluation_folder
+        from vrag_lib.factory import require_policy, require_retriever
+        from vrag_lib.judge import rule_judge
 
         names, paths = arguments.dataset or ["minidocs"], arguments.path or []
         if paths and len(paths) != len(names):
             raise ValueError("--path is given once for each --dataset, in the same order, or not at all")
         if len(set(names)) < len(names):
             raise ValueError("a dataset is named twice: put its parts into one folder, or measure them one by one")
+        find_agent(arguments.agent)
         config = read_policy_config(arguments, experiment=names == ["minidocs"])
+        judge = _judge(arguments, config) or rule_judge
+        require_policy(config)
+        require_retriever(config)
         out = Path(arguments.out or evaluation_folder(names, config, arguments.agent))
         frame = evaluate_datasets(
             dict(zip(names, paths or [None] * len(names), strict=True)), config, out, agent=arguments.agent,
             split=arguments.split, limit=arguments.limit, partial=arguments.partial, seeds=arguments.seeds,
-            judge=_judge(arguments, config),
+            judge=judge,
         )  # fmt: skip
         official = [metric for name in names for metric in OFFICIAL_METRICS[name]]
         metrics = ["accuracy", *official, "finish_rate", "ndcg", "invalid_rate"]
         shown = interval_table(summary_table(frame), ["by", "group", "n"], metrics, scale=100)
         print(f"percent, 95 % intervals over questions\n{shown}\nall columns  {out / 'summary.csv'}")
+        return _report_unjudged(frame)
 
     what = "measure an agent on benchmarks: minidocs, public ones (fetched once), or local copies"
     parser = add_command(commands, "evaluate", run, what)
@@ -110,27 +133,46 @@ def _evaluate(commands) -> None:
     add_policy_options(parser, "the preset's")
     _judge_options(parser)
     parser.add_argument("--limit", type=int, help="ask only so many questions, evenly spread")
-    parser.add_argument("--seeds", type=int, nargs="+", help="seeds of sampling, one pass each (default: seed=)")
+    add_several(parser, "--seeds", int, help="seeds of sampling, one pass each (default: seed=)")
     parser.add_argument("--out", help="results folder (default: below the preset's)")
+
+
+def _report_unjudged(frame) -> int:
+    """Says on stderr how many answers the judge gave no verdict on. The exit status: 1 where it gave none at all."""
+    from vrag_lib.judge import MAX_ANSWER_CHARS
+
+    unjudged = int(frame["judge"].isna().sum())
+    if not unjudged:
+        return 0
+    asked = [text for text in frame["answer"] if text.strip() and len(text) <= MAX_ANSWER_CHARS]
+    print(
+        f"vrag evaluate: the judge gave no verdict on {unjudged} of {len(asked)} answers, which are left out of the "
+        "accuracy; the same command keeps trajectories and verdicts and asks for those that are missing",
+        file=sys.stderr,
+    )
+    return 1 if unjudged >= len(asked) else 0
 
 
 def _judge_options(parser) -> None:
     parser.add_argument("--judge-model", help="let this model behind an endpoint judge (default: the rule judge)")
     parser.add_argument("--judge-url", help="the judge's endpoint (default: the policy's)")
-    judges = "its question: right or wrong as in the paper, or ViDoRAG's 1 to 5 points, of which 4 are right"
-    parser.add_argument("--judge-protocol", choices=("paper", "vidorag"), default="paper", help=judges)
+    judges = "its question: right or wrong as in the paper (default), or ViDoRAG's 1 to 5 points, of which 4 are right"
+    parser.add_argument("--judge-protocol", choices=("paper", "vidorag"), help=judges)
 
 
 def _judge(arguments, config):
-    from vrag_lib.judge import rule_judge
-
+    """The model that judges; None without --judge-model. Raises ValueError for options that do not make one."""
     if not arguments.judge_model:
-        return rule_judge
+        for option, value in (("--judge-url", arguments.judge_url), ("--judge-protocol", arguments.judge_protocol)):
+            if value is not None:
+                raise ValueError(f"{option} has no use without --judge-model: leave it out, or name the judge's model")
+        return None
     from vrag_lib.judge_openai import OpenAIJudge, ViDoRAGJudge
 
     url = arguments.judge_url or config.policy.base_url
     if not url:
         raise ValueError("--judge-model needs --judge-url, or policy.base_url= where the policy's endpoint judges too")
+    check_url("--judge-url", url, KEY_REMEDY)
     judge = ViDoRAGJudge if arguments.judge_protocol == "vidorag" else OpenAIJudge
     return judge(url, arguments.judge_model, api_key_env=config.policy.api_key_env)
 
@@ -150,7 +192,7 @@ def _minidocs(commands) -> None:
     what = "write the generated benchmark: documents and questions whose answers, pages and regions are exact"
     parser = add_command(commands, "minidocs", run, what, [("out", "folder to write to")])
     parser.add_argument("--form", choices=["pdf", "images"], default="pdf", help="documents as (default: %(default)s)")
-    parser.add_argument("--splits", nargs="+", default=["train", "validation", "test"], help="splits to write")
+    add_several(parser, "--splits", default=["train", "validation", "test"], help="splits to write")
     parser.add_argument("--card", action="store_true", help="also write the data card with counts and pictures")
 
 
@@ -168,8 +210,10 @@ def _bench(commands) -> None:
             from vrag_lib.bench_rollout import run_bench_rollout as run
         else:
             from vrag_lib.bench_update import run_bench_update as run
+        from vrag_lib.factory import require_device
 
         config = read_config(arguments, {"seed": arguments.seed}, experiment=True)
+        require_device("policy.device", config.policy.device)
         out = Path(arguments.out or config.folder(f"bench_{arguments.benchmark}"))
         table = run(config, arguments.model, arguments.questions, arguments.group, arguments.repeats, out)
         print(table.T.to_string(header=False))
@@ -179,7 +223,7 @@ def _bench(commands) -> None:
     kinds = bench.add_subparsers(title="benchmarks", dest="benchmark", required=True, metavar="BENCHMARK")
     what = "time exact MaxSim against colpali-engine's scorer and byaldi's search on the same embeddings"
     parser = add_command(kinds, "search", search, what)
-    parser.add_argument("--pages", type=int, nargs="+", default=[500, 2000, 10000], help="index sizes to time")
+    add_several(parser, "--pages", int, default=[500, 2000, 10000], help="index sizes to time")
     parser.add_argument("--out", help="results folder (default: results/<preset>/bench_search)")
     rollout_text = "time rollouts against stock TRL's over the same environment, and compare the tokens"
     update_text = "time one GRPO update against stock TRL's on the same trajectories, and compare loss and gradient"
@@ -285,12 +329,10 @@ def _reproduce(commands) -> None:
 
 def _reproduce_paper(commands) -> None:
     def run(arguments) -> int:
+        from vrag_lib.factory import require_device
         from vrag_lib.matrix import SEEDS, run_matrix, states
         from vrag_lib.report import write_report
 
-        if arguments.cells:  # settings may stand anywhere, so also behind the names
-            arguments.overrides += [text for text in arguments.cells if "=" in text]
-            arguments.cells = [text for text in arguments.cells if "=" not in text]
         config = read_config(arguments, experiment=True)
         if arguments.list:
             for outcome in states(config, arguments.cells, arguments.seeds):
@@ -298,6 +340,7 @@ def _reproduce_paper(commands) -> None:
             return 0
         failed = []
         if not arguments.report_only:
+            require_device("policy.device", config.policy.device)
             outcomes = run_matrix(
                 config,
                 arguments.cells,
@@ -314,7 +357,7 @@ def _reproduce_paper(commands) -> None:
 
     what = "run the paper's experiments and the ablations in miniature, cell by cell, and write tables and figures"
     parser = add_command(commands, "reproduce-paper", run, what)
-    parser.add_argument("--cells", nargs="+", metavar="NAME", help="only these (default: all; --list names them)")
+    add_several(parser, "--cells", metavar="NAME", help="only these (default: all; --list names them)")
     parser.add_argument(
         "--seeds", type=int, default=5, help="training seeds of each trained cell (default: %(default)s)"
     )

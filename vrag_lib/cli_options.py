@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,12 +28,50 @@ def add_command(
         description=help_text,
         epilog="Settings of the preset are changed by key=value arguments; `vrag config` lists them.",
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, listed_settings=[])
     for positional, text in positionals:
         parser.add_argument(positional, help=text)
     parser.add_argument("--preset", default="laptop", help=f"one of {', '.join(PRESETS)} (default: %(default)s)")
     parser.add_argument("--traceback", action="store_true", help="show the whole traceback of an error")
     return parser
+
+
+class _SeveralValues(argparse.Action):
+    """The values of an option that takes several, without the settings that stand behind them."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        wanted = [value for value in values if not _is_setting(value)]
+        if not wanted:
+            raise argparse.ArgumentError(self, "expected at least one argument")
+        setattr(namespace, self.dest, wanted)
+        namespace.listed_settings = [*namespace.listed_settings, *filter(_is_setting, values)]
+
+
+def _is_setting(value: object) -> bool:
+    return isinstance(value, str) and "=" in value
+
+
+def add_several(parser: argparse.ArgumentParser, name: str, kind: Callable = str, **options) -> None:
+    """An option of one value of `kind` or more. Settings may stand anywhere, so also behind its values: `parse` finds
+    them there."""
+
+    def read(text: str) -> object:
+        return text if _is_setting(text) else kind(text)
+
+    read.__name__ = kind.__name__  # argparse names it where a value is of another kind
+    parser.add_argument(name, nargs="+", type=read, action=_SeveralValues, **options)
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments of a command; `overrides` are its settings, in their order. They may stand anywhere after the
+    command, which argparse cannot declare: they are what it does not know. Exits with status 2 for what is neither."""
+    arguments, rest = parser.parse_known_args(argv)
+    unknown = [text for text in rest if text.startswith("-") or "=" not in text]
+    if unknown:
+        parser.error(f"unknown argument {unknown[0]!r}; settings are written key=value")
+    settings = {*rest, *arguments.listed_settings}
+    arguments.overrides = [text for text in argv if text in settings]
+    return arguments
 
 
 def read_config(

@@ -13,80 +13,94 @@ import difflib
 import json
 import os
 import re
-import types
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vrag_lib.minidocs_documents import LEAST_TOKENS, PAGE_TOKENS, MiniDocsConfig
 from vrag_lib.provenance import provenance
+from vrag_lib.settings import KEY_REMEDY, ConfigError, check_settings, check_url, read_value, setting
 
-
-class ConfigError(ValueError):
-    """An unknown preset or key, or a value of the wrong kind; the message names it and what is allowed."""
-
-
-def _doc(default: Any, text: str, least: float | None = None) -> Any:
-    return field(default=default, metadata={"doc": text, "least": least})
-
-
-def _check_least(stage: Any, name: str) -> None:
-    for f in dataclasses.fields(stage):
-        least, value = f.metadata.get("least"), getattr(stage, f.name)
-        if least is not None and not least <= value < float("inf"):
-            raise ConfigError(f"{name}.{f.name} is at least {least} and finite, not {value}")
+RETRIEVERS = ("text", "bm25", "dense", "visual", "remote")
+POLICIES = ("extractive", "transformers", "openai")
+DEVICES = ("auto", "cpu", "cuda")
+GIVEN = ("none", "retrieved", "gold_pages", "gold_regions")
 
 
 @dataclass(frozen=True)
 class CorpusConfig:
     """From files to pages."""
 
-    dpi: int = _doc(150, "resolution at which PDF pages are rendered, dots per inch")
-    workers: int = _doc(2, "processes that render and read pages")
-    ocr: str = _doc("no_text", "pages to read by OCR: none, no_text (those without a text layer) or all")
+    dpi: int = setting(150, "resolution at which PDF pages are rendered, dots per inch", 1)
+    workers: int = setting(2, "processes that render and read pages", 1)
+    ocr: str = setting(
+        "no_text",
+        "pages to read by OCR: none, no_text (those without a text layer) or all",
+        one_of=("none", "no_text", "all"),
+    )
+
+    def validate(self) -> None:
+        """Raises ConfigError, naming the setting, for a value that it cannot have."""
+        check_settings(self, "corpus")
 
 
 @dataclass(frozen=True)
 class RetrievalConfig:
     """How pages are found."""
 
-    kind: str = _doc("text", "text (the default fusion), bm25, dense, visual or remote")
-    model: str = _doc("", "visual: path or hub id of a ColPali-family checkpoint; empty: the laptop's own")
-    device: str = _doc("auto", "visual: auto, cpu or cuda")
-    engine: str = _doc("byaldi", "visual: byaldi (one page at a time) or native (batches, the same embeddings)")
-    dtype: str = _doc("bfloat16", "visual: bfloat16 (byaldi takes nothing else) or float32")
-    url: str = _doc("", "remote: base URL of a search server")
-    depth: int = _doc(10, "pages per query that `vrag serve` answers with (the authors' server: 10)")
+    kind: str = setting("text", "text (the default fusion), bm25, dense, visual or remote", one_of=RETRIEVERS)
+    model: str = setting("", "visual: path or hub id of a ColPali-family checkpoint; empty: the laptop's own")
+    device: str = setting("auto", "visual: auto, cpu or cuda", one_of=DEVICES)
+    engine: str = setting(
+        "byaldi",
+        "visual: byaldi (one page at a time) or native (batches, the same embeddings)",
+        one_of=("byaldi", "native"),
+    )
+    dtype: str = setting(
+        "bfloat16", "visual: bfloat16 (byaldi takes nothing else) or float32", one_of=("bfloat16", "float32")
+    )
+    url: str = setting("", "remote: base URL of a search server")
+    depth: int = setting(10, "pages per query that `vrag serve` answers with (the authors' server: 10)", 1)
+
+    def validate(self) -> None:
+        """Raises ConfigError, naming the setting, for a value that it cannot have, or not with the others."""
+        check_settings(self, "retrieval")
+        if self.url:
+            check_url("retrieval.url", self.url)
+        if self.kind == "visual" and self.engine == "byaldi" and self.dtype != "bfloat16":
+            raise ConfigError(
+                f"retrieval.dtype={self.dtype} needs retrieval.engine=native; byaldi takes bfloat16 alone"
+            )
 
 
 @dataclass(frozen=True)
 class EnvironmentConfig:
     """What the agent may do and what it sees. The same in training, evaluation and demo."""
 
-    max_turns: int = _doc(5, "replies per trajectory, the answer included (released code: 4 + 1 final)", 1)
-    max_invalid_streak: int = _doc(3, "invalid replies in a row that end a trajectory; 0: never", 0)
-    allow_search: bool = _doc(True, "whether the search action exists")
-    allow_crop: bool = _doc(True, "whether the crop action exists")
-    min_pixels: int = _doc(256 * 28 * 28, "least area of a shown image, pixels (256 vision tokens)")
-    max_pixels: int = _doc(512 * 28 * 28, "largest area of a shown image, pixels (512 vision tokens)")
-    crop_padding: float = _doc(0.0, "margin added round every crop box, shown pixels (released training: 0)", 0)
-    search_depth: int = _doc(10, "ranked pages asked of the retriever for each search", 1)
-    given: str = _doc("none", "shown with the question: none, retrieved (by the question), gold_pages, gold_regions")
-    given_pages: int = _doc(0, "given=retrieved: pages shown with the question, the best first")
-    observation: str = _doc("image", "what a page is shown as: image, or text (its text layer or OCR; no crop then)")
-    page_chars: int = _doc(2048, "observation=text: longest text of one page, characters (about 512 tokens)", 1)
+    max_turns: int = setting(5, "replies per trajectory, the answer included (released code: 4 + 1 final)", 1)
+    max_invalid_streak: int = setting(3, "invalid replies in a row that end a trajectory; 0: never", 0)
+    allow_search: bool = setting(True, "whether the search action exists")
+    allow_crop: bool = setting(True, "whether the crop action exists")
+    min_pixels: int = setting(256 * 28 * 28, "least area of a shown image, pixels (256 vision tokens)", 1)
+    max_pixels: int = setting(512 * 28 * 28, "largest area of a shown image, pixels (512 vision tokens)", 1)
+    crop_padding: float = setting(0.0, "margin added round every crop box, shown pixels (released training: 0)", 0)
+    search_depth: int = setting(10, "ranked pages asked of the retriever for each search", 1)
+    given: str = setting(
+        "none", "shown with the question: none, retrieved (by the question), gold_pages, gold_regions", one_of=GIVEN
+    )
+    given_pages: int = setting(0, "given=retrieved: pages shown with the question, the best first", 0)
+    observation: str = setting(
+        "image",
+        "what a page is shown as: image, or text (its text layer or OCR; no crop then)",
+        one_of=("image", "text"),
+    )
+    page_chars: int = setting(2048, "observation=text: longest text of one page, characters (about 512 tokens)", 1)
 
     def validate(self) -> None:
-        """Raises ConfigError, naming the setting, for an unknown value or settings that exclude each other, else as
-        `check_ranges`."""
+        """Raises ConfigError, naming the setting, for settings that exclude each other, else as `check_ranges`."""
         self.check_ranges()
-        for name, allowed in (
-            ("given", ("none", "retrieved", "gold_pages", "gold_regions")),
-            ("observation", ("image", "text")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ConfigError(f"environment.{name} is one of {', '.join(allowed)}, not {getattr(self, name)!r}")
         if (self.given == "retrieved") != (self.given_pages > 0):
             raise ConfigError(
                 f"environment.given={self.given} and environment.given_pages={self.given_pages} exclude each other: "
@@ -99,8 +113,8 @@ class EnvironmentConfig:
             )
 
     def check_ranges(self) -> None:
-        """Raises ConfigError, naming the setting, for a number out of its range."""
-        _check_least(self, "environment")
+        """Raises ConfigError, naming the setting, for a value that it cannot have by itself."""
+        check_settings(self, "environment")
         if self.min_pixels > self.max_pixels:
             raise ConfigError(
                 f"environment.min_pixels={self.min_pixels} is more than environment.max_pixels={self.max_pixels}"
@@ -111,21 +125,25 @@ class EnvironmentConfig:
 class PolicyConfig:
     """Who writes the replies."""
 
-    kind: str = _doc("extractive", "extractive, transformers, openai")
-    model: str = _doc("", "transformers: path or hub id; openai: the model's name at the endpoint")
-    base_url: str = _doc("", "openai: endpoint, up to and including /v1")
-    api_key_env: str = _doc("OPENAI_API_KEY", "openai: name of the environment variable that holds the key")
-    temperature: float = _doc(1.0, "sampling temperature; 0 is greedy", 0)
-    top_p: float = _doc(1.0, "nucleus of the sampling distribution")
-    max_reply_tokens: int = _doc(2048, "longest reply, tokens (paper Table 6)")
-    max_context_tokens: int = _doc(10240, "longest context with its reply, tokens, image tokens counted")
-    batch_size: int = _doc(8, "conversations generated together")
-    device: str = _doc("auto", "auto, cpu or cuda")
-    dtype: str = _doc("auto", "auto, float32 or bfloat16")
+    kind: str = setting("extractive", "extractive, transformers, openai", one_of=POLICIES)
+    model: str = setting("", "transformers: path or hub id; openai: the model's name at the endpoint")
+    base_url: str = setting("", "openai: endpoint, up to and including /v1")
+    api_key_env: str = setting("OPENAI_API_KEY", "openai: name of the environment variable that holds the key")
+    temperature: float = setting(1.0, "sampling temperature; 0 is greedy", 0)
+    top_p: float = setting(1.0, "nucleus of the sampling distribution")
+    max_reply_tokens: int = setting(2048, "longest reply, tokens (paper Table 6)", 1)
+    max_context_tokens: int = setting(10240, "longest context with its reply, tokens, image tokens counted", 1)
+    batch_size: int = setting(8, "conversations generated together", 1)
+    device: str = setting("auto", "auto, cpu or cuda", one_of=DEVICES)
+    dtype: str = setting("auto", "auto, float32 or bfloat16", one_of=("auto", "float32", "bfloat16"))
 
     def validate(self) -> None:
-        """Raises ConfigError, naming the setting, for a number out of its range or a key in place of its variable."""
-        _check_least(self, "policy")
+        """Raises ConfigError, naming the setting, for a value that it cannot have or a key in place of its variable."""
+        check_settings(self, "policy")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"policy.top_p is more than 0 and at most 1, not {self.top_p}")
+        if self.base_url:
+            check_url("policy.base_url", self.base_url, KEY_REMEDY)
         if not re.fullmatch(r"[A-Za-z_]\w*|", self.api_key_env):  # not repeated: it may be the key
             raise ConfigError("policy.api_key_env is the name of an environment variable, not what it holds")
 
@@ -134,12 +152,12 @@ class PolicyConfig:
 class RolloutConfig:
     """What samples the replies of a `policy.kind=transformers`, in evaluation and in rollouts of GRPO."""
 
-    engine: str = _doc("transformers", "transformers, or vllm (package of its own; paged, continuous batches)")
-    merge_adapter: bool = _doc(False, "vllm: send weights with LoRA added, not the adapter; faster on a CPU")
-    gpu_memory_utilization: float = _doc(0.4, "vllm, GPU: share of the card's memory it may take, weights included")
-    sleep: bool = _doc(True, "vllm, GPU: free its memory for the trainer between rollouts")
-    enforce_eager: bool = _doc(False, "vllm, GPU: no CUDA graphs: starts sooner, samples slower; always so on a CPU")
-    cpu_cache_mib: int = _doc(512, "vllm, CPU: memory for keys and values, MiB")
+    engine: str = setting("transformers", "transformers, or vllm (package of its own; paged, continuous batches)")
+    merge_adapter: bool = setting(False, "vllm: send weights with LoRA added, not the adapter; faster on a CPU")
+    gpu_memory_utilization: float = setting(0.4, "vllm, GPU: share of the card's memory it may take, weights included")
+    sleep: bool = setting(True, "vllm, GPU: free its memory for the trainer between rollouts")
+    enforce_eager: bool = setting(False, "vllm, GPU: no CUDA graphs: starts sooner, samples slower; always so on a CPU")
+    cpu_cache_mib: int = setting(512, "vllm, CPU: memory for keys and values, MiB")
 
     def validate(self) -> None:
         """Raises ConfigError, naming the setting, for an unknown engine or sizes that leave it no memory."""
@@ -159,42 +177,44 @@ LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_p
 class SynthesisConfig:
     """Multi-expert sampling of the cold-start data (paper §2.2; its numbers of samples are the authors', issue 21)."""
 
-    experts: str = _doc("scripted", "scripted (MiniDocs only) or openai")
-    planner: str = _doc("", "openai: the planner's model at policy.base_url (paper: Qwen-VL-Max)")
-    grounder: str = _doc("", "openai: the grounding expert's model there (paper: Qwen2.5-VL-72B-Instruct)")
-    variant: str = _doc("relocate", "relocate (paper), next_reply (released code), planner or grounder alone")
-    oracle_pages: bool = _doc(False, "show gold pages first if they rank at all (released code, trap T20)")
-    samples_per_question: int = _doc(2, "trajectories sampled per question")
-    temperature: float = _doc(1.0, "openai: sampling temperature of the planner")
-    trajectories: int = _doc(3000, "trajectories kept for SFT at most, after filters and balance")
-    rl_questions: int = _doc(2000, "questions set apart for reinforcement learning, of other documents")
-    documents: int = _doc(650, "MiniDocs training documents that both are drawn from; other datasets give all theirs")
-    concurrency: int = _doc(8, "openai: requests under way at once")
-    dataset: str | None = _doc(None, "trained on: none (MiniDocs), slidevqa, vidoseek, mmlongbench_doc or unified")
-    dataset_path: str | None = _doc(None, "its folder of documents and questions; none: a public one is fetched")
+    experts: str = setting("scripted", "scripted (MiniDocs only) or openai")
+    planner: str = setting("", "openai: the planner's model at policy.base_url (paper: Qwen-VL-Max)")
+    grounder: str = setting("", "openai: the grounding expert's model there (paper: Qwen2.5-VL-72B-Instruct)")
+    variant: str = setting("relocate", "relocate (paper), next_reply (released code), planner or grounder alone")
+    oracle_pages: bool = setting(False, "show gold pages first if they rank at all (released code, trap T20)")
+    samples_per_question: int = setting(2, "trajectories sampled per question")
+    temperature: float = setting(1.0, "openai: sampling temperature of the planner")
+    trajectories: int = setting(3000, "trajectories kept for SFT at most, after filters and balance")
+    rl_questions: int = setting(2000, "questions set apart for reinforcement learning, of other documents")
+    documents: int = setting(
+        650, "MiniDocs training documents that both are drawn from; other datasets give all"
+    )
+    concurrency: int = setting(8, "openai: requests under way at once")
+    dataset: str | None = setting(None, "trained on: none (MiniDocs), slidevqa, vidoseek, mmlongbench_doc or unified")
+    dataset_path: str | None = setting(None, "its folder of documents and questions; none: a public one is fetched")
 
 
 @dataclass(frozen=True)
 class SFTConfig:
     """Supervised fine-tuning; the defaults are the paper's (Table 5)."""
 
-    epochs: float = _doc(3.0, "passes over the trajectories")
-    batch_size: int = _doc(16, "trajectories per optimizer step, over all processes")
-    micro_batch_size: int = _doc(1, "trajectories per forward pass and process")
-    learning_rate: float = _doc(1e-5, "peak learning rate of AdamW (LoRA: about ten times as much)")
-    warmup_ratio: float = _doc(0.1, "share of the steps over which the learning rate rises")
-    schedule: str = _doc("cosine", "after the warm-up: cosine, linear or constant_with_warmup")
-    weight_decay: float = _doc(0.0, "AdamW's weight decay")
-    max_grad_norm: float = _doc(1.0, "gradients are scaled down to this norm")
-    max_tokens: int = _doc(16384, "longer trajectories are left out, tokens, image tokens counted (paper: cutoff)")
-    train_invalid: bool = _doc(False, "whether replies that were invalid are trained on, too")
-    lora_rank: int = _doc(0, "rank of the LoRA adapter; 0 trains all weights (paper: full)")
-    lora_alpha: int = _doc(64, "LoRA's scale: the update is multiplied by alpha over rank")
-    lora_targets: str = _doc(LORA_TARGETS, "regular expression of the modules that get an adapter")
-    freeze_vision: bool = _doc(True, "whether vision tower and projector stay as they are (paper: frozen)")
-    gradient_checkpointing: bool = _doc(False, "recompute activations: less memory, a third more time")
-    save_steps: int = _doc(50, "optimizer steps between checkpoints, and between validations")
-    keep_checkpoints: int = _doc(2, "newest checkpoints kept")
+    epochs: float = setting(3.0, "passes over the trajectories")
+    batch_size: int = setting(16, "trajectories per optimizer step, over all processes")
+    micro_batch_size: int = setting(1, "trajectories per forward pass and process")
+    learning_rate: float = setting(1e-5, "peak learning rate of AdamW (LoRA: about ten times as much)")
+    warmup_ratio: float = setting(0.1, "share of the steps over which the learning rate rises")
+    schedule: str = setting("cosine", "after the warm-up: cosine, linear or constant_with_warmup")
+    weight_decay: float = setting(0.0, "AdamW's weight decay")
+    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
+    max_tokens: int = setting(16384, "longer trajectories are left out, tokens, image tokens counted (paper: cutoff)")
+    train_invalid: bool = setting(False, "whether replies that were invalid are trained on, too")
+    lora_rank: int = setting(0, "rank of the LoRA adapter; 0 trains all weights (paper: full)")
+    lora_alpha: int = setting(64, "LoRA's scale: the update is multiplied by alpha over rank")
+    lora_targets: str = setting(LORA_TARGETS, "regular expression of the modules that get an adapter")
+    freeze_vision: bool = setting(True, "whether vision tower and projector stay as they are (paper: frozen)")
+    gradient_checkpointing: bool = setting(False, "recompute activations: less memory, a third more time")
+    save_steps: int = setting(50, "optimizer steps between checkpoints, and between validations")
+    keep_checkpoints: int = setting(2, "newest checkpoints kept")
 
 
 @dataclass(frozen=True)
@@ -205,43 +225,47 @@ class GRPOConfig:
     takes five steps on 32 each (`updates_per_step=5`), and groups are not split here.
     """
 
-    recipe: str = _doc("paper", "reward: paper, paper_cold_start, released_code, ... (rewards.RECIPES)")
-    steps: int = _doc(62, "rollouts: each samples questions_per_step x group_size trajectories")
-    questions_per_step: int = _doc(32, "questions per rollout, over all processes")
-    group_size: int = _doc(5, "trajectories per question")
-    updates_per_step: int = _doc(1, "optimizer steps per rollout, each on whole groups (released code: 5)")
-    iterations: int = _doc(1, "times a rollout is trained on")
-    micro_batch_size: int = _doc(1, "trajectories per forward pass and process")
-    learning_rate: float = _doc(1e-6, "peak learning rate of AdamW (LoRA: about ten times as much)")
-    warmup_steps: int = _doc(18, "optimizer steps over which the learning rate rises (paper: 0.285 of them; script: 5)")
-    schedule: str = _doc("constant_with_warmup", "after the warm-up: constant_with_warmup, linear or cosine")
-    max_grad_norm: float = _doc(1.0, "gradients are scaled down to this norm")
-    advantage: str = _doc("group", "baseline of a reward: group (mean of the group) or leave_one_out")
-    advantage_std: bool = _doc(True, "group: divide by the standard deviation of the group's rewards")
-    invalid_advantage: float | None = _doc(
+    recipe: str = setting("paper", "reward: paper, paper_cold_start, released_code, ... (rewards.RECIPES)")
+    steps: int = setting(62, "rollouts: each samples questions_per_step x group_size trajectories")
+    questions_per_step: int = setting(32, "questions per rollout, over all processes")
+    group_size: int = setting(5, "trajectories per question")
+    updates_per_step: int = setting(1, "optimizer steps per rollout, each on whole groups (released code: 5)")
+    iterations: int = setting(1, "times a rollout is trained on")
+    micro_batch_size: int = setting(1, "trajectories per forward pass and process")
+    learning_rate: float = setting(1e-6, "peak learning rate of AdamW (LoRA: about ten times as much)")
+    warmup_steps: int = setting(
+        18, "optimizer steps over which the learning rate rises (paper: 0.285 of them; script: 5)"
+    )
+    schedule: str = setting("constant_with_warmup", "after the warm-up: constant_with_warmup, linear or cosine")
+    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
+    advantage: str = setting("group", "baseline of a reward: group (mean of the group) or leave_one_out")
+    advantage_std: bool = setting(True, "group: divide by the standard deviation of the group's rewards")
+    invalid_advantage: float | None = setting(
         None, "of invalid replies' tokens; none: their trajectory's own, as the paper"
     )
-    normalisation: str = _doc("sequence", "weight of a token: sequence, token or constant (advantages.loss_weights)")
-    constant_length: int = _doc(2048, "normalisation=constant: tokens that each trajectory is divided by")
-    clip_low: float = _doc(0.2, "the ratio of an unwelcome token is not followed below 1 - clip_low")
-    clip_high: float = _doc(0.2, "the ratio of a welcome token is not followed above 1 + clip_high")
-    kl_coefficient: float = _doc(0.01, "weight of the KL to the reference in the loss; 0 leaves the reference out")
-    kl_clamp: float = _doc(10.0, "largest KL of one token, nats")
-    old_logprobs: str = _doc("trainer", "denominator of the ratio: trainer (recomputed before training) or sampler")
-    resample_rounds: int = _doc(0, "times that groups whose rewards are all equal are replaced by other questions")
-    mask_broken: bool = _doc(True, "do not train on trajectories that ended in an error or a full context")
-    temperature: float = _doc(1.0, "sampling temperature")
-    max_reply_tokens: int = _doc(2048, "longest reply, tokens")
-    max_context_tokens: int = _doc(10240, "longest context with its reply, tokens, image tokens counted")
-    max_sampled_tokens: int | None = _doc(None, "tokens sampled in one trajectory after which it stops; none: no limit")
-    rollout_batch_size: int = _doc(16, "conversations generated together, per process")
-    lora_rank: int = _doc(64, "rank of the LoRA adapter; 0 trains all weights (paper: full)")
-    lora_alpha: int = _doc(64, "LoRA's scale: the update is multiplied by alpha over rank")
-    lora_targets: str = _doc(LORA_TARGETS, "regular expression of the modules that get an adapter")
-    freeze_vision: bool = _doc(True, "whether vision tower and projector stay as they are")
-    gradient_checkpointing: bool = _doc(False, "recompute activations: less memory, a third more time")
-    save_steps: int = _doc(25, "rollouts between checkpoints")
-    keep_checkpoints: int = _doc(2, "newest checkpoints kept")
+    normalisation: str = setting("sequence", "weight of a token: sequence, token or constant (advantages.loss_weights)")
+    constant_length: int = setting(2048, "normalisation=constant: tokens that each trajectory is divided by")
+    clip_low: float = setting(0.2, "the ratio of an unwelcome token is not followed below 1 - clip_low")
+    clip_high: float = setting(0.2, "the ratio of a welcome token is not followed above 1 + clip_high")
+    kl_coefficient: float = setting(0.01, "weight of the KL to the reference in the loss; 0 leaves the reference out")
+    kl_clamp: float = setting(10.0, "largest KL of one token, nats")
+    old_logprobs: str = setting("trainer", "denominator of the ratio: trainer (recomputed before training) or sampler")
+    resample_rounds: int = setting(0, "times that groups whose rewards are all equal are replaced by other questions")
+    mask_broken: bool = setting(True, "do not train on trajectories that ended in an error or a full context")
+    temperature: float = setting(1.0, "sampling temperature")
+    max_reply_tokens: int = setting(2048, "longest reply, tokens")
+    max_context_tokens: int = setting(10240, "longest context with its reply, tokens, image tokens counted")
+    max_sampled_tokens: int | None = setting(
+        None, "tokens sampled in one trajectory after which it stops; none: no limit"
+    )
+    rollout_batch_size: int = setting(16, "conversations generated together, per process")
+    lora_rank: int = setting(64, "rank of the LoRA adapter; 0 trains all weights (paper: full)")
+    lora_alpha: int = setting(64, "LoRA's scale: the update is multiplied by alpha over rank")
+    lora_targets: str = setting(LORA_TARGETS, "regular expression of the modules that get an adapter")
+    freeze_vision: bool = setting(True, "whether vision tower and projector stay as they are")
+    gradient_checkpointing: bool = setting(False, "recompute activations: less memory, a third more time")
+    save_steps: int = setting(25, "rollouts between checkpoints")
+    keep_checkpoints: int = setting(2, "newest checkpoints kept")
 
     @property
     def rows(self) -> int:
@@ -277,10 +301,10 @@ class GRPOConfig:
 class Config:
     """Everything one run depends on."""
 
-    preset: str = _doc("laptop", "name of the preset this started from")
-    seed: int = _doc(0, "seed of everything random")
-    results: str = _doc("results", "folder that results/<preset>/<stage>/ is written in")
-    smoke: bool = _doc(False, "shrink every run to seconds: for tests of the pipeline, not for results")
+    preset: str = setting("laptop", "name of the preset this started from")
+    seed: int = setting(0, "seed of everything random")
+    results: str = setting("results", "folder that results/<preset>/<stage>/ is written in")
+    smoke: bool = setting(False, "shrink every run to seconds: for tests of the pipeline, not for results")
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
@@ -373,7 +397,8 @@ def load_config(
 
 def override(config: Config, overrides: list[str] | tuple[str, ...]) -> Config:
     """The config with `key=value` overrides applied, the later one winning. Raises ConfigError as `load_config`, and
-    for numbers of `environment` and `policy` out of their range: here, before anything is made with them."""
+    for values of `corpus`, `retrieval`, `environment` and `policy` that these cannot have: here, before anything is
+    made with them."""
     for text in overrides:
         key, sign, value = text.partition("=")
         if not sign:
@@ -383,6 +408,8 @@ def override(config: Config, overrides: list[str] | tuple[str, ...]) -> Config:
         config = _replace(config, key.strip().split("."), value.strip(), key.strip())
     if not 0 <= config.seed < 2**32:
         raise ConfigError(f"seed lies between 0 and 2^32 - 1, not at {config.seed}")
+    config.corpus.validate()
+    config.retrieval.validate()
     config.environment.check_ranges()
     config.policy.validate()
     return config
@@ -391,9 +418,11 @@ def override(config: Config, overrides: list[str] | tuple[str, ...]) -> Config:
 def _replace(node: Any, path: list[str], value: str, key: str) -> Any:
     names = {f.name: f for f in dataclasses.fields(node)}
     if path[0] not in names:
-        near = difflib.get_close_matches(path[0], names, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; known here: {', '.join(names)}"
-        raise ConfigError(f"there is no setting {key!r}{hint}")
+        stage, rest = key.removesuffix(".".join(path)), path[1:]
+        near = [name for name, _, _ in _settings(Config()) if name.endswith(f".{key}")]  # its stage was left out
+        near = near or [stage + ".".join([name, *rest]) for name in difflib.get_close_matches(path[0], names, n=1)]
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known here: {', '.join(names)}"
+        raise ConfigError(f"there is no setting {key!r}; {hint}")
     current = getattr(node, path[0])
     if dataclasses.is_dataclass(current):
         if len(path) == 1:
@@ -403,39 +432,22 @@ def _replace(node: Any, path: list[str], value: str, key: str) -> Any:
     if len(path) > 1:
         raise ConfigError(f"there is no setting {key!r}: {path[0]!r} has no parts")
     kind = typing.get_type_hints(type(node))[path[0]]
-    return dataclasses.replace(node, **{path[0]: _read(value, kind, key)})
+    return dataclasses.replace(node, **{path[0]: read_value(value, kind, key)})
 
 
-def _read(value: str, kind: Any, key: str) -> Any:
-    """One override value as `kind`: bool, int, float, str, or one of these or None."""
-    if isinstance(kind, types.UnionType):
-        if value.lower() == "none":
-            return None
-        kind = next(k for k in typing.get_args(kind) if k is not types.NoneType)
-    if kind is bool:
-        if value.lower() in ("true", "false"):
-            return value.lower() == "true"
-        raise ConfigError(f"{key} is true or false, not {value!r}")
-    try:
-        return kind(value)
-    except ValueError:
-        raise ConfigError(f"{key} needs a value of type {kind.__name__}, not {value!r}") from None
+def _settings(node: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    """Key, value and documentation of every setting below a config or one of its stages."""
+    for f in dataclasses.fields(node):
+        value = getattr(node, f.name)
+        if dataclasses.is_dataclass(value):
+            yield from _settings(value, f"{prefix}{f.name}.")
+        else:
+            yield f"{prefix}{f.name}", value, f.metadata["doc"]
 
 
 def describe(config: Config | None = None) -> str:
     """Every setting with its value and documentation, one line each; what `vrag config` prints."""
-    lines = []
-
-    def walk(node: Any, prefix: str) -> None:
-        for f in dataclasses.fields(node):
-            value = getattr(node, f.name)
-            if dataclasses.is_dataclass(value):
-                walk(value, f"{prefix}{f.name}.")
-            else:
-                lines.append(f"{prefix}{f.name}={value}  # {f.metadata['doc']}")
-
-    walk(config or PRESETS["laptop"], "")
-    return "\n".join(lines)
+    return "\n".join(f"{key}={value}  # {doc}" for key, value, doc in _settings(config or PRESETS["laptop"]))
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from vrag_lib.document_files import (
     document_ids,
     document_stem,
     find_documents,
-    own_id,
+    path_below,
     unambiguous,
 )
 from vrag_lib.geometry import Box, Size
@@ -153,21 +153,21 @@ class Question:
 class Corpus:
     """Documents and their pages, sorted by document id, then page number; immutable.
 
-    `problems` names what was left out and why. `aliases` gives for a document that was left out because its content is
-    another's the id of that one, which is in the corpus: their pages are the same. `fingerprint` is equal for equal
-    corpora on every machine.
+    `problems` names what was left out and why. `files` gives for the path of each file found, below its folder, the id
+    of its document: of another file's where the content is the same, so that their pages are, and "" where the corpus
+    lacks it. `fingerprint` is equal for equal corpora on every machine.
     """
 
     def __init__(
         self,
         documents: Iterable[Document],
         problems: Iterable[Problem] = (),
-        aliases: Mapping[str, str] | None = None,
+        files: Mapping[str, str] | None = None,
     ) -> None:
         self.documents = tuple(sorted(documents, key=lambda document: document.id))
         self.problems = tuple(problems)
         ids = {document.id for document in self.documents}
-        self.aliases = {name: kept for name, kept in (aliases or {}).items() if kept in ids and name not in ids}
+        self.files = {path: name if name in ids else "" for path, name in (files or {}).items()}
         self.pages = tuple(page for document in self.documents for page in document.pages)
         self.page_ids = tuple(page.id for page in self.pages)
         self._by_id = {page.id: page for page in self.pages}
@@ -215,15 +215,15 @@ class Corpus:
             replace(document, pages=tuple(new.get(page.id, page) for page in document.pages))
             for document in self.documents
         ]
-        return Corpus(documents, self.problems, self.aliases)
+        return Corpus(documents, self.problems, self.files)
 
     def with_problems(self, problems: Iterable[Problem]) -> Corpus:
         """The same corpus with more problems."""
-        return Corpus(self.documents, (*self.problems, *problems), self.aliases)
+        return Corpus(self.documents, (*self.problems, *problems), self.files)
 
     def with_documents(self, ids: Collection[str]) -> Corpus:
         """The same corpus without the documents of other ids."""
-        return Corpus((document for document in self.documents if document.id in ids), self.problems, self.aliases)
+        return Corpus((document for document in self.documents if document.id in ids), self.problems, self.files)
 
     def with_prefix(self, prefix: str) -> Corpus:
         """The same corpus with `prefix` before every document id; for merging corpora whose ids clash."""
@@ -232,8 +232,7 @@ class Corpus:
             name = prefix + document.id
             pages = tuple(replace(page, id=f"{name}_{page.number}", document_id=name) for page in document.pages)
             documents.append(replace(document, id=name, pages=pages))
-        aliases = {prefix + name: prefix + kept for name, kept in self.aliases.items()}
-        return Corpus(documents, self.problems, aliases)
+        return Corpus(documents, self.problems, {path: prefix + name for path, name in self.files.items()})
 
     @classmethod
     def merge(cls, corpora: Iterable[Corpus]) -> Corpus:
@@ -243,10 +242,10 @@ class Corpus:
         """
         documents: dict[str, Document] = {}
         problems: list[Problem] = []
-        aliases: list[tuple[str, str]] = []
+        files: list[tuple[str, str]] = []
         for corpus in corpora:
             problems += corpus.problems
-            aliases += corpus.aliases.items()
+            files += corpus.files.items()
             for document in corpus.documents:
                 first = documents.setdefault(document.id, document)
                 if first.sha256 != document.sha256:
@@ -254,7 +253,7 @@ class Corpus:
                         f"the id {document.id!r} stands for {first.path} and for {document.path}, whose contents "
                         "differ; tell the corpora apart with load_dataset(..., prefix=...) or Corpus.with_prefix"
                     )
-        return cls(documents.values(), problems, unambiguous(aliases))
+        return cls(documents.values(), problems, unambiguous(files))
 
     @classmethod
     def from_folder(
@@ -269,21 +268,26 @@ class Corpus:
 
         Rendered pages are cached by content under `cache_dir` (default: `config.cache_dir()`), so a second call, or
         one after a kill, does only what is missing. Documents and pages that cannot be read are left out and named in
-        `problems`, and so is a document of the same content as another, whose name `aliases` keeps. Files of one name
+        `problems`, and so is a document of the same content as another, whose path `files` keeps. Files of one name
         but different content get their folders' names in front (`a/report.pdf` becomes `a_report`).
 
         `page_pattern` is for documents kept as one image per page: a regular expression for the ends of such file
         names, with a group `number` and, unless the folder's name is the document's, a group `document`.
 
-        Raises CorpusError when the path does not exist, holds no document, or none of them could be read.
+        Raises CorpusError when the path does not exist, holds no document, or none of them could be read, and for a
+        resolution that pages cannot be rendered at.
         """
         if page_pattern is not None and "number" not in re.compile(page_pattern).groupindex:
             raise CorpusError(f"page_pattern {page_pattern!r} needs a group (?P<number>...) for the page's number")
         root = Path(path)
         cache = Path(cache_dir) if cache_dir is not None else default_cache_dir()
-        settings = RenderSettings(dpi=dpi)
+        try:
+            settings = RenderSettings(dpi=dpi)
+        except ValueError as error:
+            raise CorpusError(f"dpi={dpi} (in a config corpus.dpi) cannot be used, 150 is usual: {error}") from error
         problems: list[Problem] = []
-        sources = _inspect(find_documents(root, problems), workers, problems)
+        found = find_documents(root, problems)
+        sources = _inspect(found, workers, problems)
         folders = {source.sha256: cache / "pages" / f"{source.sha256}-{settings.tag}" for source in sources}
         _render_missing(sources, folders, settings, workers, problems)
         groups = _grouped(sources, page_pattern, problems)
@@ -300,8 +304,9 @@ class Corpus:
         if not documents:
             reasons = "; ".join(str(problem) for problem in problems[:5])
             raise CorpusError(f"none of the documents in {root} could be read: {reasons}")
-        aliases = unambiguous((own_id(path), ids[original]) for path, original in originals.items())
-        return cls(documents, problems, aliases)
+        unread = set(found) - {source.path for source in sources}
+        files = {path_below(path, root): ids[original] for path, original in originals.items()}
+        return cls(documents, problems, files | {path_below(path, root): "" for path in sorted(unread)})
 
 
 class _Source(NamedTuple):

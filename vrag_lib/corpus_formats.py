@@ -10,27 +10,29 @@ The formats (spec 1.7, 2.4; the public repositories of SlideVQA and MMLongBench-
 * `unified` and `vidoseek`: `{"examples": [{uid, query, reference_answer, meta_info: {file_name, reference_page,
   source_type, query_type, ...}}]}`, or the bare list; the refined SlideVQA test file has this form too. Only query and
   reference_answer are needed: an item without a uid is called by its place, q1, q2, ..., and one without reference
-  pages needs no file_name.
+  pages needs no file_name. The fields of meta_info may stand beside it.
 * `slidevqa`: the original annotation, one JSON object a line: qa_id, deck_name, question, answer, evidence_pages,
   reasoning_type, answer_type, arithmetic_expression, and the deck's URLs.
 * `mmlongbench_doc`: a JSON list of doc_id, doc_type, question, answer, evidence_pages, evidence_sources,
   answer_format; the two evidence fields are strings that hold Python lists.
+
+How an item becomes a question: `question_items`.
 """
 
 from __future__ import annotations
 
-import ast
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from vrag_lib.corpus import Corpus, Question
-from vrag_lib.document_files import CorpusError, Problem, document_stem
+from vrag_lib.document_files import CorpusError, Problem, document_stem, files_meant
 from vrag_lib.minidocs_content import NOT_ANSWERABLE
+from vrag_lib.question_items import READERS, ItemError, encodable, misspelt_fields
 from vrag_lib.rendering import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -48,7 +50,7 @@ _FORMS = {
     "mmlongbench_doc": ("mmlongbench_doc",),
 }
 _QUESTION_FILES = {
-    "unified": ("rag_dataset.json", "questions.json"),
+    "unified": ("questions.json", "rag_dataset.json"),
     "vidoseek": ("vidoseek.json", "rag_dataset.json"),
     "slidevqa": ("slidevqa_refined.json", "annotations/qa/test.jsonl", "test.jsonl"),
     "mmlongbench_doc": ("samples.json", "data/samples.json"),
@@ -57,11 +59,8 @@ _SPLIT_FILES = {"slidevqa": ("annotations/qa/{split}.jsonl", "{split}.jsonl")}
 """Where questions of another split than test lie; other formats have one file, whatever it is for."""
 
 _DOCUMENT_FOLDERS = ("{name}_pdf_document", "documents", "pdf", "pdfs", "images", "img")
-_META_FIELDS = ("file_name", "reference_page", "source_type", "query_type")
-
-
-class _ItemError(ValueError):
-    """What is wrong with one item."""
+_TABLE_SUFFIXES = (".csv", ".tsv", ".xlsx", ".xls", ".ods", ".parquet")
+"""Files that might hold questions and are not read."""
 
 
 def load_questions(
@@ -70,34 +69,39 @@ def load_questions(
     """The questions of a file, or of the one question file that a folder holds.
 
     `format` is `unified`, `vidoseek`, `slidevqa`, `mmlongbench_doc`, or `auto`, which goes by the content. Items that
-    cannot be used are left out, logged, and added to `problems`. `split`: which file of a folder in the format of
-    SlideVQA, the only one that knows splits.
+    cannot be used are left out, logged, and added to `problems`; fields that look misspelt are logged. `split`: which
+    file of a folder in the format of SlideVQA, the only one that knows splits.
 
-    Raises CorpusError when there is no such file, it is not of the format, or no item in it can be used.
+    Raises CorpusError when there is no such file or several, it is not of the format, or no item in it can be used.
     """
     if format != "auto" and format not in _FORMS:
         raise CorpusError(f"format {format!r} is not one of auto, {', '.join(_FORMS)}")
     file = _question_file(Path(path), format, split)
     found: list[Problem] = []
     items = _read_items(file, found)
+    if not items:
+        reason = found[0].reason if found else "it is empty; an item needs a query and a reference_answer"
+        raise CorpusError(f"{file} holds no question: {reason}")
     form = _form_of(items, file)
     if format != "auto" and form not in _FORMS[format]:
         raise CorpusError(f"{file} is in the {form} format, not in {format}; pass format={form!r} or 'auto'")
     questions: dict[str, Question] = {}
     named = {str(item.get("uid")) for item in items if isinstance(item, dict)}
     for index, item in enumerate(items):
-        item = _encodable(item)
+        item = encodable(item)
         if form == "unified" and isinstance(item, dict) and item.get("uid") is None:
             item |= {"uid": f"q{index + 1}" + "_" * (f"q{index + 1}" in named)}
         try:
-            question = _READERS[form](item, questions)
+            question = READERS[form](item, questions)
             if question.uid in questions:
-                raise _ItemError(f"field uid: {question.uid!r} was used before")
+                raise ItemError(f"field uid: {question.uid!r} was used before")
             questions[question.uid] = question
-        except _ItemError as error:
+        except ItemError as error:
             found.append(Problem(str(file), f"item {index}: {error}"))
     for problem in found:
         logger.warning("left out: %s", problem)
+    for (name, right), count in misspelt_fields(items).items() if form == "unified" else ():
+        logger.warning("%s: %d items have a field %r, which is not read; is %r meant?", file, count, name, right)
     if problems is not None:
         problems += found
     if not questions:
@@ -150,21 +154,48 @@ def check_gold(corpus: Corpus, questions: Iterable[Question]) -> list[Problem]:
     return problems
 
 
-def about_kept_documents(corpus: Corpus, questions: Iterable[Question]) -> tuple[Question, ...]:
-    """The questions, with those about a document that the corpus left out as a duplicate turned into questions about
-    the one it kept, whose pages are the same. Logs how many."""
+def with_document_names(corpus: Corpus, questions: Iterable[Question]) -> tuple[Question, ...]:
+    """The questions, with file names that lead to their documents' ids: of several files of one name the one in the
+    folders that a question names (`files_meant`), for a duplicate the document that was kept, whose pages are the same.
+    Logs how many are about duplicates.
+
+    Raises CorpusError for a file name that may mean several documents.
+    """
     questions = tuple(questions)
-    names = {document.id: document.file_name for document in corpus.documents if document.id in corpus.aliases.values()}
-    kept = [corpus.aliases.get(document_stem(question.file_name)) for question in questions]
-    moved = sum(name is not None for name in kept)
+    documents = {document.id: document.file_name for document in corpus.documents}
+    alike: dict[str, list[str]] = {}
+    kept: dict[str, str] = {}
+    for path, document_id in corpus.files.items():
+        alike.setdefault(document_stem(path), []).append(path)
+        kept.setdefault(document_id, path)
+    names: dict[str, str] = {}
+    duplicates = set()
+    for name in dict.fromkeys(question.file_name for question in questions if question.file_name):
+        stem = document_stem(name)
+        meant = files_meant(name, alike.get(stem, []))
+        ids = {corpus.files[path] for path in meant}
+        if len(ids) > 1:
+            raise CorpusError(
+                f"questions are about {name!r}, which is ambiguous: there are {_some(meant)}; give as file_name the "
+                f"path below the folder of documents, such as {meant[0]!r}"
+            )
+        document_id = ids.pop() if ids else stem
+        if document_id and meant and kept[document_id] not in meant:
+            duplicates.add(name)
+        if document_id in documents and document_id != stem:
+            names[name] = documents[document_id]
+        elif not document_id and stem in documents:  # it could not be read, and is not the document of that id
+            names[name] = meant[0].replace("/", "_")
+    moved = sum(question.file_name in duplicates for question in questions)
     if moved:
         logger.warning(
-            "%d of %d questions are about duplicates; taken to be about the documents kept", moved, len(kept)
+            "%d of %d questions are about duplicates; taken to be about the documents kept", moved, len(questions)
         )
-    return tuple(
-        question if name is None else replace(question, file_name=names[name])
-        for question, name in zip(questions, kept, strict=True)
-    )
+    return tuple(replace(q, file_name=names.get(q.file_name, q.file_name)) for q in questions)
+
+
+def _some(names: Sequence[str], most: int = 4) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def with_prefix(prefix: str, corpus: Corpus, questions: Iterable[Question]) -> tuple[Corpus, tuple[Question, ...]]:
@@ -188,8 +219,8 @@ def load_dataset(
     Documents are looked for in the folder's `{name}_pdf_document`, `documents`, `pdf`, `images` or `img`, else in the
     folder itself; page images in `images`, named as SlideVQA's, or in `img`, named as the paper's, make up documents.
     `prefix` goes before document ids and file names, `corpus_options` to `Corpus.from_folder`, `split` to
-    `load_questions`. Questions about a duplicate ask about the document kept (`about_kept_documents`); gold pages that
-    the corpus lacks are logged (see `check_gold`). Raises CorpusError as `load_questions` and `Corpus.from_folder` do.
+    `load_questions`. File names of questions are made to lead to the documents (`with_document_names`); gold pages that
+    the corpus lacks are logged (see `check_gold`). Raises CorpusError as these and `Corpus.from_folder` do.
     """
     if name not in _FORMS:
         raise CorpusError(f"dataset {name!r} is not one of {', '.join(_FORMS)}")
@@ -201,7 +232,7 @@ def load_dataset(
     folder = next((folder for folder in folders if folder.is_dir()), root)
     pattern = {"img": NUMBERED_PAGE_IMAGE, "images": SLIDEVQA_PAGE_IMAGE}.get(folder.name)
     corpus = Corpus.from_folder(folder, **{"page_pattern": pattern, **corpus_options})
-    questions = about_kept_documents(corpus, questions)
+    questions = with_document_names(corpus, questions)
     if prefix:
         corpus, questions = with_prefix(prefix, corpus, questions)
     missing = check_gold(corpus, questions)
@@ -230,15 +261,23 @@ def _question_file(path: Path, format: str, split: str) -> Path:
     if of_split:
         names = [name.format(split=split) for name in _SPLIT_FILES[format]]
     found = [path / name for name in dict.fromkeys(names) if (path / name).is_file()]
-    if format != "auto":
+    if len(found) > 1 and format not in ("auto", "unified"):  # a benchmark's own name comes first
+        logger.warning("questions are read from %s, not from %s", found[0], _some([str(file) for file in found[1:]]))
         found = found[:1]
+    usual = bool(found)
     if not found and not of_split:  # a file of another name might hold the test questions
         found = sorted([*path.glob("*.json"), *path.glob("*.jsonl")])
-    if len(found) != 1:
-        wanted = f" ({' or '.join(names)})" if format != "auto" else ""
-        several = "several question files: " + ", ".join(file.name for file in found)
-        what = several if found else f"no question file{wanted}"
-        raise CorpusError(f"{path} holds {what}; give the path of the one to read")
+    if len(found) > 1:
+        named = ", ".join(file.relative_to(path).as_posix() for file in found)
+        rename = "" if usual else f", or call it {names[0]}"
+        raise CorpusError(f"{path} holds several question files: {named}; leave only the one to read there{rename}")
+    if not found:
+        wanted = " or ".join(names) if format != "auto" else "such as questions.json"
+        tables = sorted(file.name for file in path.iterdir() if file.suffix.lower() in _TABLE_SUFFIXES)
+        instead = f", not from {_some(tables)}" if tables else ""
+        raise CorpusError(
+            f"{path} holds no question file ({wanted}); questions are read from JSON or JSON lines{instead}"
+        )
     return found[0]
 
 
@@ -257,7 +296,10 @@ def _read_items(file: Path, problems: list[Problem]) -> list[Any]:
     except (ValueError, RecursionError) as error:
         if isinstance(error, CorpusError):
             raise
-        raise CorpusError(f"{file} is not JSON in UTF-8: {error}") from error
+        raise CorpusError(
+            f"{file} is not JSON in UTF-8: {error}; it should hold one list, or an object with a list 'examples'; "
+            "objects one a line belong in a .jsonl file"
+        ) from error
     items = []
     for number, line in enumerate(text.split("\n"), start=1):
         try:
@@ -275,103 +317,3 @@ def _form_of(items: Sequence[Any], file: Path) -> str:
     if not counts[form]:
         raise CorpusError(f"{file} is in no known question format: no item has {', '.join(marks.values())}")
     return form
-
-
-def _unified(item: Any, before: dict[str, Question]) -> Question:
-    meta = {} if _object(item).get("meta_info") is None else item["meta_info"]
-    if not isinstance(meta, dict):
-        raise _ItemError("field meta_info: not an object")
-    own = {key: value for key, value in item.items() if key not in ("uid", "query", "reference_answer", "meta_info")}
-    pages = _pages(meta, "reference_page")
-    question = Question(
-        uid=_text(item, "uid"),
-        query=_text(item, "query"),
-        reference_answer=_text(item, "reference_answer"),
-        file_name=_text(meta, "file_name", None if pages else ""),
-        reference_pages=pages,
-        source_type=_text(meta, "source_type", ""),
-        query_type=_text(meta, "query_type", ""),
-        extra={**own, **{key: value for key, value in meta.items() if key not in _META_FIELDS}},
-    )
-    try:
-        _ = question.gold_regions
-    except ValueError as error:
-        raise _ItemError(f"field regions: {error}") from error
-    return question
-
-
-def _slidevqa(item: Any, before: dict[str, Question]) -> Question:
-    used = ("qa_id", "deck_name", "question", "answer", "evidence_pages", "reasoning_type")
-    return Question(
-        uid=_text(_object(item), "qa_id"),
-        query=_text(item, "question"),
-        reference_answer=_text(item, "answer"),
-        file_name=_text(item, "deck_name"),
-        reference_pages=_pages(item, "evidence_pages"),
-        query_type=_text(item, "reasoning_type", ""),
-        extra={key: value for key, value in item.items() if key not in used},
-    )
-
-
-def _mmlongbench_doc(item: Any, before: dict[str, Question]) -> Question:
-    file_name = _text(_object(item), "doc_id")
-    number = 1 + sum(question.file_name == file_name for question in before.values())
-    sources = _list(item, "evidence_sources")
-    used = ("doc_id", "question", "answer", "evidence_pages", "evidence_sources")
-    return Question(
-        uid=f"{file_name}#{number}",
-        query=_text(item, "question"),
-        reference_answer=_text(item, "answer"),
-        file_name=file_name,
-        reference_pages=_pages(item, "evidence_pages"),
-        source_type=", ".join(map(str, sources)),
-        query_type="",
-        extra={"evidence_sources": sources, **{key: value for key, value in item.items() if key not in used}},
-    )
-
-
-_READERS: dict[str, Callable[[Any, dict[str, Question]], Question]] = {
-    "unified": _unified,
-    "slidevqa": _slidevqa,
-    "mmlongbench_doc": _mmlongbench_doc,
-}
-
-
-def _encodable(item: Any) -> Any:
-    """The same without halves of surrogate pairs, which no file can hold."""
-    return json.loads(json.dumps(item, ensure_ascii=False).encode("utf-8", "replace"))
-
-
-def _object(item: Any) -> dict[str, Any]:
-    if not isinstance(item, dict):
-        raise _ItemError(f"not an object but {type(item).__name__}")
-    return item
-
-
-def _text(item: dict[str, Any], field: str, default: str | None = None) -> str:
-    value = default if item.get(field) is None else item[field]
-    if value is None or (value == "" and default is None):
-        raise _ItemError(f"field {field}: missing or empty")
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _list(item: dict[str, Any], field: str) -> list[Any]:
-    """A list, given as such or as a string that holds a Python list (read as a literal, never executed)."""
-    value = [] if item.get(field) is None else item[field]
-    if isinstance(value, str):
-        try:
-            value = ast.literal_eval(value) if value.strip() else []
-        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            raise _ItemError(f"field {field}: {value[:60]!r} is not a list") from None
-    value = [value] if isinstance(value, int | float) else value
-    if not isinstance(value, list | tuple):
-        raise _ItemError(f"field {field}: not a list but {type(value).__name__}")
-    return list(value)
-
-
-def _pages(item: dict[str, Any], field: str) -> tuple[int, ...]:
-    pages = [int(page) if isinstance(page, float) and page.is_integer() else page for page in _list(item, field)]
-    bad = [page for page in pages if not isinstance(page, int) or isinstance(page, bool) or page < 0]
-    if bad:
-        raise _ItemError(f"field {field}: {bad[0]!r} is no page number")
-    return tuple(dict.fromkeys(pages))

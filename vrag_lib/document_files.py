@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import unicodedata
@@ -12,6 +13,14 @@ from itertools import count
 from pathlib import Path
 
 from vrag_lib.rendering import IMAGE_SUFFIXES, PDF_SUFFIXES
+
+logger = logging.getLogger(__name__)
+
+UNREAD_SUFFIXES = (
+    ".docx", ".doc", ".odt", ".rtf", ".pages", ".pptx", ".ppt", ".odp", ".xlsx", ".xls", ".ods", ".html", ".htm",
+    ".mhtml", ".epub", ".mobi", ".djvu", ".xps", ".ps", ".eps", ".svg", ".heic", ".heif", ".avif", ".gif",
+)  # fmt: skip
+"""Of files that their owner may take for documents. Notes, .csv and .json are not among them: they lie beside those."""
 
 
 class CorpusError(ValueError):
@@ -50,8 +59,8 @@ def _safe(name: str) -> str:
 def find_documents(root: Path, problems: list[Problem] | None = None) -> list[Path]:
     """Every PDF and image file below `root` (or `root` itself), sorted by path; hidden files and folders are left out.
 
-    Folders that cannot be listed are added to `problems`. Raises CorpusError when `root` does not exist or holds no
-    document.
+    Folders that cannot be listed are added to `problems`; documents of other kinds are counted in the log. Raises
+    CorpusError when `root` does not exist or holds no document.
     """
     suffixes = PDF_SUFFIXES + IMAGE_SUFFIXES
     if not root.exists():
@@ -66,17 +75,59 @@ def find_documents(root: Path, problems: list[Problem] | None = None) -> list[Pa
             problems.append(Problem(str(error.filename), f"the folder cannot be listed: {error.strerror}"))
 
     files: list[Path] = []
+    unread: list[str] = []
     seen: set[str] = set()  # a link to a folder above would otherwise be followed for ever
     for folder, subfolders, names in os.walk(root, onerror=unlisted, followlinks=True):
         real = os.path.realpath(folder)
         subfolders[:] = [] if real in seen else [name for name in subfolders if not name.startswith(".")]
         if real not in seen:
             files += [Path(folder, name) for name in [*names, *subfolders] if name.lower().endswith(suffixes)]
+            unread += [name for name in names if name.lower().endswith(UNREAD_SUFFIXES)]
         seen.add(real)
     files = sorted(file for file in files if not file.name.startswith("."))
+    unread = sorted(name for name in unread if not name.startswith((".", "~$")))  # ~$: an office program's lock
+    read = ", ".join(suffixes)
+    others = f"{', '.join(unread[:3])} ({len(unread)} in all); convert to PDF what belongs to the documents"
     if not files:
-        raise CorpusError(f"{root} holds no document; put PDFs or images ({', '.join(suffixes)}) into it")
+        raise CorpusError(
+            f"{root} holds no document; put PDFs or images ({read}) into it"
+            + (f"; not read are {others}" if unread else "")
+        )
+    if unread:
+        logger.warning("files in %s that are not read, being none of %s: %s", root, read, others)
     return files
+
+
+def path_below(file: Path, root: Path) -> str:
+    """The path of a file below `root`, with slashes; its name where it is `root` itself."""
+    return file.relative_to(root).as_posix() if file != root else file.name
+
+
+def files_meant(name: str, paths: Iterable[str]) -> list[str]:
+    """Which of some files, given by their paths below the folder and equal in `document_stem`, a question's file name
+    means; several where it does not tell.
+
+    Best fits whose path ends as the name does or the other way round, in the more folders the better; then whose suffix
+    is the name's too; then who lies in no further folders. Where no folders fit, they are those of another place.
+
+    >>> files_meant("a/x.pdf", ["a/x.pdf", "b/x.pdf", "x.pdf"]), files_meant("documents/x.pdf", ["a/x.pdf", "x.pdf"])
+    (['a/x.pdf'], ['x.pdf'])
+    >>> files_meant("x.pdf", ["a/x.pdf", "b/x.pdf"]), files_meant("elsewhere/x.pdf", ["a/x.pdf"])
+    (['a/x.pdf', 'b/x.pdf'], ['a/x.pdf'])
+    """
+    *asked, file_name = _parts(name)
+    fits: dict[str, tuple[int, bool, bool]] = {}
+    for path in paths:
+        *folders, last = _parts(path)
+        both = min(len(asked), len(folders))
+        shared = both if asked[len(asked) - both :] == folders[len(folders) - both :] else -1
+        fits[path] = shared, last == file_name, shared == len(folders)
+    best = max(fits.values(), default=None)
+    return [path for path, fit in fits.items() if fit == best]
+
+
+def _parts(path: str) -> list[str]:
+    return [_safe(part) for part in re.split(r"[/\\]", path) if part not in ("", ".")] or [""]
 
 
 def own_id(file: Path) -> str:

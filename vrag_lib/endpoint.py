@@ -46,10 +46,10 @@ from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
-from urllib.parse import urlsplit
 
 from vrag_lib.config import cache_dir
 from vrag_lib.rendering import read_json, write_atomically
+from vrag_lib.settings import check_url
 from vrag_lib.trajectory import ImageRef, clean_text
 
 if TYPE_CHECKING:
@@ -198,14 +198,7 @@ class Endpoint:
         prompt_price: float = 0.0,
         completion_price: float = 0.0,
     ):
-        try:
-            parts = urlsplit(base_url)
-            usable = parts.scheme in ("http", "https") and parts.hostname and not parts.username and not parts.query
-            usable = usable and (parts.port is None or parts.port > 0)
-        except ValueError:  # a port out of range, or half of an IPv6 address
-            usable = False
-        if not usable:  # not repeated: it may hold a password
-            raise ValueError("the base URL is like https://host:8000/v1, without user name, password or query")
+        check_url("the base URL", base_url)
         if not model:
             raise ValueError("name the model as the endpoint calls it")
         self.model = model

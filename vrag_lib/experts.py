@@ -28,7 +28,6 @@ from vrag_lib.policy_extractive import read_question
 from vrag_lib.retrieval import Hit, Retriever
 from vrag_lib.trajectory import ImageRef
 
-_THOUGHT = re.compile(r"<think>(.*?)</think>", re.S)
 _CLOSED_ACTION = re.compile(r"</(search|bbox|answer)>$")
 
 CROP_ORDER = (
@@ -226,7 +225,9 @@ def thought_of(reply: str) -> str:
     text = cut_reply(reply)
     action = _CLOSED_ACTION.search(text)
     before = text.rpartition(f"<{action[1]}>")[0] if action else text
-    thoughts = _THOUGHT.findall(before)
+    thoughts, end = [], 0
+    while (start := before.find("<think>", end)) >= 0 and (end := before.find("</think>", start)) >= 0:
+        thoughts.append(before[start + len("<think>") : end])
     return " ".join(thoughts).strip() if thoughts else before.replace("<think>", "").strip()
 
 

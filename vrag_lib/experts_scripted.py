@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from vrag_lib.actions import LAST_TURN, ActionKind, format_box, format_reply
-from vrag_lib.config import _doc
 from vrag_lib.corpus import Question
 from vrag_lib.experts import Located, Pointing
 from vrag_lib.geometry import Box, iou
@@ -26,6 +25,7 @@ from vrag_lib.minidocs_content import FIGURE_NAMES, NOT_ANSWERABLE
 from vrag_lib.policy import Conversation, Reply
 from vrag_lib.policy_extractive import read_question
 from vrag_lib.scale_policy import BOX_STEP
+from vrag_lib.settings import setting
 from vrag_lib.trajectory import ImageRef
 
 _ITEM = re.compile(r" by \S+ (.+)$")
@@ -41,21 +41,21 @@ _COLUMNS = FIGURE_NAMES | {"entry": "The entry of {}"}
 class Flaws:
     """How often a scripted expert does what. Shares are of the occasions, sizes of the box pointed at."""
 
-    raw_query: float = _doc(0.15, "planner: a first search with the question itself instead of the page's words")
-    short_query: float = _doc(0.15, "planner: a first search that leaves the item or the subject out")
-    pointing: float = _doc(0.22, "planner: spread of its boxes' sides, as a share of the box")
-    astray: float = _doc(0.35, "planner: boxes that lie somewhere else")
-    no_crop: float = _doc(0.10, "planner: figures it does not look closer at, and guesses")
-    needless_crop: float = _doc(0.5, "planner: crops of text that the page shows legibly")
-    gives_up: float = _doc(0.03, "planner: answers that something is not answerable after a wrong page")
-    malformed: float = _doc(0.02, "planner: replies without a proper action")
-    grounding: float = _doc(0.04, "grounding expert: spread of its boxes' sides")
-    grounding_astray: float = _doc(0.05, "grounding expert: boxes that lie somewhere else")
-    misread: float = _doc(0.02, "either: figures read with one digit wrong")
-    lucky_guess: float = _doc(0.10, "planner: right guesses of what it has not seen")
-    grounding_lucky_guess: float = _doc(0.05, "grounding expert: right guesses of what it has not seen")
-    second_search: float = _doc(0.40, "planner: second searches for what nothing answers")
-    judging: float = _doc(0.01, "judge: wrong verdicts")
+    raw_query: float = setting(0.15, "planner: a first search with the question itself instead of the page's words")
+    short_query: float = setting(0.15, "planner: a first search that leaves the item or the subject out")
+    pointing: float = setting(0.22, "planner: spread of its boxes' sides, as a share of the box")
+    astray: float = setting(0.35, "planner: boxes that lie somewhere else")
+    no_crop: float = setting(0.10, "planner: figures it does not look closer at, and guesses")
+    needless_crop: float = setting(0.5, "planner: crops of text that the page shows legibly")
+    gives_up: float = setting(0.03, "planner: answers that something is not answerable after a wrong page")
+    malformed: float = setting(0.02, "planner: replies without a proper action")
+    grounding: float = setting(0.04, "grounding expert: spread of its boxes' sides")
+    grounding_astray: float = setting(0.05, "grounding expert: boxes that lie somewhere else")
+    misread: float = setting(0.02, "either: figures read with one digit wrong")
+    lucky_guess: float = setting(0.10, "planner: right guesses of what it has not seen")
+    grounding_lucky_guess: float = setting(0.05, "grounding expert: right guesses of what it has not seen")
+    second_search: float = setting(0.40, "planner: second searches for what nothing answers")
+    judging: float = setting(0.01, "judge: wrong verdicts")
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,6 @@ from vrag_lib.torch_setup import ensure_torchvision
 if TYPE_CHECKING:
     from vrag_lib.grpo import Sampler
 
-RETRIEVERS = ("text", "bm25", "dense", "visual", "remote")
-POLICIES = ("extractive", "transformers", "openai")
-
 SCALE_RETRIEVER = WEIGHTS.with_name("scale_retriever_colqwen2")
 """Where the laptop's trained ColQwen2 lies in the repository."""
 
@@ -28,11 +25,10 @@ SCALE_RETRIEVER = WEIGHTS.with_name("scale_retriever_colqwen2")
 def open_corpus(path: str | Path, config: Config) -> Corpus:
     """The pages of a folder or file, with OCR where the config wants it.
 
-    Raises CorpusError when nothing there can be read, ConfigError for an unknown `corpus.ocr`.
+    Raises CorpusError when nothing there can be read, ConfigError for a setting that it cannot have.
     """
     settings = config.corpus
-    if settings.ocr not in ("none", "no_text", "all"):
-        raise ConfigError(f"corpus.ocr is none, no_text or all, not {settings.ocr!r}")
+    settings.validate()
     corpus = Corpus.from_folder(path, dpi=settings.dpi, workers=settings.workers)
     if settings.ocr == "none":
         return corpus
@@ -41,12 +37,28 @@ def open_corpus(path: str | Path, config: Config) -> Corpus:
     return ocr_pages(corpus, workers=settings.workers, pages=settings.ocr)
 
 
+def require_retriever(config: Config) -> None:
+    """Raises ConfigError or ModelError where `make_retriever` would for the settings alone: to be called before
+    documents are rendered for it."""
+    settings = config.retrieval
+    settings.validate()
+    if settings.kind == "remote" and not settings.url:
+        raise ConfigError("retrieval.kind=remote needs retrieval.url=, the base URL of a search server")
+    if settings.kind == "visual":
+        from vrag_lib.page_encoder import find_checkpoint
+
+        require_device("retrieval.device", settings.device)
+        find_checkpoint(settings.model or laptop_colqwen2(allow_random=config.smoke))
+
+
 def make_retriever(corpus: Corpus, config: Config) -> Retriever:
     """The retriever named by `retrieval.kind`, its index built or read from the cache.
 
-    Raises ConfigError for an unknown kind or one whose model or url is missing.
+    Raises ConfigError for a setting that it cannot have and for a model, url or device that is missing, ModelError for
+    a model that it cannot use.
     """
     settings = config.retrieval
+    require_retriever(config)
     if settings.kind == "text":
         from vrag_lib.text_retrieval import default_text_retriever
 
@@ -66,13 +78,20 @@ def make_retriever(corpus: Corpus, config: Config) -> Retriever:
         return VisualRetriever.build(
             corpus, model, engine=settings.engine, device=settings.device, dtype=settings.dtype
         )
-    if settings.kind == "remote":
-        from vrag_lib.search_server import RemoteRetriever
+    from vrag_lib.search_server import RemoteRetriever
 
-        if not settings.url:
-            raise ConfigError("retrieval.kind=remote needs retrieval.url=, the base URL of a search server")
-        return RemoteRetriever(settings.url, corpus)
-    raise ConfigError(f"retrieval.kind is one of {', '.join(RETRIEVERS)}, not {settings.kind!r}")
+    return RemoteRetriever(settings.url, corpus)
+
+
+def require_device(name: str, device: str) -> None:
+    """Raises ConfigError, naming the setting, where torch has no CUDA device and `device` is one."""
+    if device != "cuda":
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        reason = "torch finds no GPU" if torch.version.cuda else "this torch is built without CUDA"
+        raise ConfigError(f"{name}=cuda, but {reason}; set {name}=cpu (or auto), or install a torch that has CUDA")
 
 
 def laptop_colqwen2(allow_random: bool = False) -> Path:
@@ -108,14 +127,39 @@ def scale_agent() -> Path | None:
     return AGENT if (AGENT / "config.json").is_file() else None
 
 
-def make_policy(corpus: Corpus, config: Config) -> Policy:
-    """The policy named by `policy.kind`; `transformers` samples with the engine that `rollout.engine` names.
-
-    Raises ConfigError for an unknown kind or engine, or one whose model, endpoint or package is missing.
-    """
+def require_policy(config: Config) -> None:
+    """Raises ConfigError where `make_policy` would for the settings alone: to be called before documents are rendered
+    for it."""
     settings = config.policy
     settings.validate()
     config.rollout.validate()
+    if settings.kind == "openai" and not (settings.base_url and settings.model):
+        raise ConfigError("policy.kind=openai needs policy.base_url= (…/v1) and policy.model=")
+    if settings.kind == "transformers":
+        if not _policy_model(config):
+            raise ConfigError("policy.kind=transformers needs policy.model=, a path or hub id of a Qwen2-VL-type model")
+        require_device("policy.device", settings.device)
+        if config.rollout.engine == "vllm":
+            from vrag_lib.policy_vllm import require_vllm
+
+            require_vllm()
+
+
+def _policy_model(config: Config) -> str | Path | None:
+    """The checkpoint that is named, else the scale policy where pages are shown at its size: it reads MiniDocs alone,
+    and pages of other documents are shown larger."""
+    fits = config.environment.max_pixels <= MAX_PIXELS
+    return config.policy.model or (scale_policy() if fits else None)
+
+
+def make_policy(corpus: Corpus, config: Config) -> Policy:
+    """The policy named by `policy.kind`; `transformers` samples with the engine that `rollout.engine` names.
+
+    Raises ConfigError for a setting that it cannot have and for a model, endpoint, device or package that is missing,
+    CheckpointError for a model that cannot be loaded.
+    """
+    settings = config.policy
+    require_policy(config)
     limits = {
         "temperature": settings.temperature,
         "top_p": settings.top_p,
@@ -125,28 +169,20 @@ def make_policy(corpus: Corpus, config: Config) -> Policy:
         from vrag_lib.policy_extractive import ExtractivePolicy
 
         return ExtractivePolicy(corpus)
-    if settings.kind == "transformers":
-        # The scale policy reads MiniDocs at its own size; pages of other documents are shown larger.
-        fits = config.environment.max_pixels <= MAX_PIXELS
-        model = settings.model or (scale_policy() if fits else None)
-        if not model:
-            raise ConfigError("policy.kind=transformers needs policy.model=, a path or hub id of a Qwen2-VL-type model")
-        limits |= {"max_context_tokens": settings.max_context_tokens, "batch_size": settings.batch_size}
-        where = {"device": settings.device, "dtype": settings.dtype}
-        if config.rollout.engine == "vllm":
-            from vrag_lib.policy_vllm import VLLMPolicy
-
-            return VLLMPolicy.from_pretrained(model, corpus, config.rollout, **where, **limits)
-        from vrag_lib.policy_transformers import TransformersPolicy
-
-        return TransformersPolicy.from_pretrained(model, corpus, **where, **limits)
     if settings.kind == "openai":
         from vrag_lib.policy_openai import OpenAIPolicy
 
-        if not settings.base_url or not settings.model:
-            raise ConfigError("policy.kind=openai needs policy.base_url= (…/v1) and policy.model=")
         return OpenAIPolicy(corpus, settings.base_url, settings.model, api_key_env=settings.api_key_env, **limits)
-    raise ConfigError(f"policy.kind is one of {', '.join(POLICIES)}, not {settings.kind!r}")
+    model = _policy_model(config)
+    limits |= {"max_context_tokens": settings.max_context_tokens, "batch_size": settings.batch_size}
+    where = {"device": settings.device, "dtype": settings.dtype}
+    if config.rollout.engine == "vllm":
+        from vrag_lib.policy_vllm import VLLMPolicy
+
+        return VLLMPolicy.from_pretrained(model, corpus, config.rollout, **where, **limits)
+    from vrag_lib.policy_transformers import TransformersPolicy
+
+    return TransformersPolicy.from_pretrained(model, corpus, **where, **limits)
 
 
 def image_pixels(model: str | Path) -> tuple[int, int] | None:

@@ -49,6 +49,7 @@ _ARTICLES = re.compile(r"(?:\b(?:an|the)|^\s*a)\s+(?=\w)")
 """In front of a word: those of "Plan A" and "Vitamin A" are none."""
 
 _LIST_SEPARATORS = re.compile(r";|\n|、|,(?!\d{3}\b)|\band\b")
+_QUOTED = re.compile(r"""^(['"])(.*)\1$""")
 _OUTER = ".,;:!?\"'()[]{}`。、「」『』【】《》〈〉"
 _SAME = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "–": "-", "—": "-", "‑": "-", "−": "-"})
 _LEADING_POINT = re.compile(r"(?<!\w)\.(?=\d)")
@@ -178,8 +179,10 @@ def _agree(expected: _Quantity, given: _Quantity, tolerance: float) -> bool:
 
 
 def _as_list(text: str) -> list[_Quantity | str]:
-    """The parts of a list, numbers by their value before other text by its spelling."""
-    parts = (part for part in _LIST_SEPARATORS.split(_plain(text).strip().strip("[]")) if normalise(part))
+    """The parts of a list, numbers by their value before other text by its spelling; a part may stand in quotes, as in
+    a list written by a program."""
+    parts = _LIST_SEPARATORS.split(_plain(text).strip().strip("[]"))
+    parts = (_QUOTED.sub(r"\2", part.strip()) for part in parts if normalise(part))
     found = (_quantity(part) or normalise(part) for part in parts)
     return sorted(
         found, key=lambda part: (1, 0, part) if isinstance(part, str) else (0, part.value, sorted(part.units))

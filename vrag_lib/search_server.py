@@ -29,6 +29,7 @@ from fastapi.responses import FileResponse
 from vrag_lib import config
 from vrag_lib.actions import MAX_QUERY_CHARS
 from vrag_lib.retrieval import Hit, Retriever
+from vrag_lib.settings import check_url
 
 if TYPE_CHECKING:
     from vrag_lib.corpus import Corpus
@@ -159,6 +160,8 @@ class RemoteRetriever:
     url: base URL or the URL of /search. corpus: what the server has indexed. timeout: seconds per attempt.
     attempts: per request; `pause` seconds before the second, twice as long before each further one. A refusal (4xx
     but 408 and 429) is not tried again. Queries are cut at `actions.MAX_QUERY_CHARS` characters.
+
+    Raises ConfigError for an address that is none, or that holds a user name, password or query: records keep it.
     """
 
     def __init__(
@@ -171,6 +174,7 @@ class RemoteRetriever:
         transport: httpx.BaseTransport | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
+        check_url("the URL of the search server", url)
         self.url = url.rstrip("/").removesuffix("/search") + "/search"
         self.name = f"remote:{self.url}"
         self.page_ids = tuple(corpus.page_ids)

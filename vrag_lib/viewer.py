@@ -14,7 +14,6 @@ import base64
 import hashlib
 import html
 import io
-import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -55,7 +54,6 @@ _STOP_CLASS = {StopReason.ANSWER: "good", StopReason.ERROR: "bad"}
 _KIND_NAME = {ActionKind.SEARCH: "search", ActionKind.CROP: "crop", ActionKind.ANSWER: "answer"}
 _Image = tuple[Markup | None, str]  # a data URL, or None and the reason
 _Render = Callable[[ImageRef], _Image]
-_THOUGHT = re.compile(r"<think>(.*?)</think>", re.DOTALL)
 _JOINERS = "\u200c\u200d"  # zero-width, but needed to write some scripts and emoji
 
 
@@ -130,6 +128,27 @@ def trajectory_html(
         any_reference=any(card.reference for card in cards),
         any_reward=any(card.rewards for card in cards),
     )
+
+
+def unlike_record(trajectories: Sequence[Trajectory], corpus: Corpus) -> list[str]:
+    """What shows that these are not the documents that the trajectories were made from: pages that are missing or of
+    another size, counted, one sentence each.
+
+    Nothing found is no proof. A record knows a page by its id and size, so it cannot tell it from a page of another
+    document of the same name and size.
+    """
+    sizes = {image.page_id: image.view.page for trajectory in trajectories for image in trajectory.images}
+    shown = dict.fromkeys(page_id for trajectory in trajectories for page_id in trajectory.shown_pages) | sizes
+    known = set(corpus.page_ids)
+    missing = [page_id for page_id in shown if page_id not in known]
+    other = [page_id for page_id, size in sizes.items() if page_id in known and corpus.page(page_id).size != size]
+    found = ((missing, "not among these documents"), (other, "of another size here"))
+    return [
+        f"{len(ids)} of the {len(shown)} pages that the trajectories show are {what}, the first: {ids[0]}; give the "
+        "documents that they were made from, at the same corpus.dpi"
+        for ids, what in found
+        if ids
+    ]
 
 
 def show(trajectories: Trajectory | Sequence[Trajectory], corpus: Corpus, height: int = 900) -> Any:
@@ -224,7 +243,7 @@ def _step(turns: Sequence[Turn], i: int, trajectory: Trajectory, render: _Render
     reply = turns[i]
     seen = turns[i + 1] if i + 1 < len(turns) and turns[i + 1].role == "user" else Turn("user", "")
     action = reply.action
-    thought = _THOUGHT.search(reply.text)
+    thought, closing, _ = reply.text.partition("<think>")[2].partition("</think>")
     note = ["Reply as sampled"]
     if reply.token_ids is not None:
         note.append(f"{len(reply.token_ids)} tokens")
@@ -237,7 +256,7 @@ def _step(turns: Sequence[Turn], i: int, trajectory: Trajectory, render: _Render
         kind_class="bad" if action is None else _KIND_NAME[action.kind],
         argument=None if action is None else action.argument,
         is_crop=action is not None and action.kind is ActionKind.CROP,
-        thought="" if thought is None else thought.group(1).strip(),
+        thought=thought.strip() if closing else "",
         invalid="" if reply.invalid is None else f"could not be carried out: {reply.invalid.value.replace('_', ' ')}",
         text=reply.text,
         note=" · ".join(note),
