@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -222,6 +223,13 @@ def test_an_answer_below_a_refusing_phrase_is_no_refusal():
 def test_one_reference_given_as_text_is_not_read_letter_by_letter():
     assert evisrag_scores("12", "1") == evisrag_scores("12", "2") == (0.0, 0.0, 0.0)
     assert evisrag_scores("12", "12") == evisrag_scores(["12"], "12")
+
+
+@pytest.mark.parametrize("answer", ["(" * 100_000, " " * 100_000 + "x", "a (b) " * 5_000 + "(" * 50_000])
+def test_mmlongbench_rule_takes_no_time_for_an_answer_of_any_length(answer):
+    began = time.monotonic()
+    assert mmlongbench_score("wheat", answer, "Str") == 0
+    assert time.monotonic() - began < 5
 
 
 def test_mmlongbench_result_by_hand():

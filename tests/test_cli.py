@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -133,6 +136,32 @@ def test_settings_may_stand_behind_the_values_of_an_option(command, name, values
     with pytest.raises(SystemExit):
         parse(build_parser(), [*command[: -len(values)], "seed=3"])
     assert f"argument --{name}: expected at least one argument" in capsys.readouterr().err
+
+
+def test_a_job_that_a_scheduler_ends_keeps_what_is_finished(monkeypatch, capsys):
+    def ask(*given):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+        finally:
+            print("kept")
+
+    monkeypatch.setattr("vrag_lib.ask.ask", ask)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert main(["ask", "documents", "who?"]) == 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    said = capsys.readouterr()
+    assert said.out == "kept\n" and "the same command goes on" in said.err
+
+
+def test_what_servers_and_files_are_called_cannot_steer_the_terminal(monkeypatch, capsys):
+    code = "import logging, sys; from vrag_lib.cli import main\n"
+    code += "import vrag_lib.ask as a; a.ask = lambda *given: logging.getLogger('x').warning('left out: \\x1b[2Jb.pdf')\n"
+    code += "main(['ask', 'documents', 'who?'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "WARNING: left out: ⟨U+001B⟩[2Jb.pdf" in done.stderr and "\x1b" not in done.stderr
 
 
 def test_an_unknown_argument_is_refused(capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -174,7 +175,7 @@ def test_truth_comes_from_the_questions_not_from_the_record():
     assert (frame["judge"][0], frame["ndcg"][0]) == (0, 0)
 
 
-def test_a_judge_that_fails_is_neither_right_nor_wrong():
+def test_a_judge_that_fails_says_nothing_and_is_counted():
     def judge(question, reference, answer):
         if answer == "broken":
             raise ConnectionError("no reply")
@@ -186,7 +187,7 @@ def test_a_judge_that_fails_is_neither_right_nor_wrong():
     frame = evaluate_trajectories(roll(policy, questions), questions, judge)
     assert frame["judge"][0] == 1 and math.isnan(frame["judge"][1]) and frame["judge"][2] == 0
     table = summarise(frame).iloc[0]
-    assert (table["accuracy"], table["n"], table["unjudged"], table["failed"]) == (0.5, 3, 1, 1)
+    assert (table["accuracy"], table["n"], table["unjudged"], table["failed"]) == (pytest.approx(2 / 3), 3, 1, 1)
 
 
 def test_a_judge_of_many_is_asked_once_about_all_different_answers():
@@ -329,6 +330,29 @@ def test_a_run_goes_on_where_it_stopped_and_ends_as_the_unbroken_one(tmp_path):
     assert rest.replies == 2 * (12 - 8)  # 17 replies ended 8 trajectories of two replies each
     pd.testing.assert_frame_equal(stable(whole), stable(resumed))
     evaluate(tmp_path / "broken", CountingPolicy(break_at=0), seeds=(0, 1))  # nothing is left to be generated
+
+
+def test_answers_without_a_verdict_do_not_make_those_without_an_answer_weigh_more():
+    """8 of 12 questions are answered, all rightly; the judge says so of two of them, and nothing of the others."""
+    frame = rows([(f"q{i}", 0.0) for i in range(12)]).assign(answered=[True] * 8 + [False] * 4)
+    frame["judge"] = frame["judge_gated"] = [1.0, 1.0, *[math.nan] * 6, *[0.0] * 4]
+    row = summarise(frame).iloc[0]
+    assert row["accuracy"] == row["accuracy_gated"] == pytest.approx(8 / 12) and row["unjudged"] == 6
+    frame["judge"] = frame["judge_gated"] = [*[math.nan] * 8, *[0.0] * 4]
+    row = summarise(frame).iloc[0]
+    assert math.isnan(row["accuracy"]) and math.isnan(row["accuracy_gated"]) and row["finish_rate"] == 8 / 12
+
+
+def test_a_carriage_return_in_an_answer_is_no_new_row(tmp_path):
+    class Returning(CountingPolicy):
+        def generate(self, conversations, *, seeds=None):
+            replies = super().generate(conversations, seeds=seeds)
+            return [replace(r, text=r.text.replace("</answer>", "\rb</answer>")) for r in replies]
+
+    frame = evaluate(tmp_path, Returning())
+    written = pd.read_csv(tmp_path / "questions.csv")
+    assert list(written["id"]) == list(frame["id"]) and frame["answer"].str.endswith("\rb").all()
+    assert written["answer"].str.endswith("\nb").all()
 
 
 def test_a_folder_holds_the_seeds_of_one_evaluation(tmp_path):

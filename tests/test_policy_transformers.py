@@ -490,6 +490,12 @@ def test_checkpoints_that_cannot_be_used_say_why(checkpoint, corpus, tmp_path):
     with pytest.raises(CheckpointError, match="lacks 1 weights"):
         TransformersPolicy.from_pretrained(lacking, corpus, device="cpu")
 
+    pickled = shutil.copytree(checkpoint, tmp_path / "pickled")
+    torch.save(weights, pickled / "pytorch_model.bin")
+    (pickled / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="safetensors"):
+        TransformersPolicy.from_pretrained(pickled, corpus, device="cpu")
+
     wide = shutil.copytree(checkpoint, tmp_path / "wide")
     for path in wide.glob("*processor*.json"):
         settings = json.loads(path.read_text())

@@ -177,6 +177,43 @@ def test_when_all_fail_the_error_says_how_and_what_to_do_and_the_samples_are_kep
     assert untimed(run(tmp_path, retriever=back)) == whole
 
 
+@pytest.mark.parametrize("workers", [1, 3])
+def test_an_endpoint_that_is_away_is_not_asked_to_the_end(tmp_path, monkeypatch, workers):
+    monkeypatch.setattr(synthesis, "MOST_OUTAGES", 4)
+    everything = tuple(str(i) for i in range(5))
+    policy = SeededPolicy(failing=everything, error="connection: refused")
+    with pytest.raises(SamplingError, match=r"4 trajectories in a row failed.*connection: refused.*run the same again"):
+        run(tmp_path, policy, batch_size=1, workers=workers)
+    assert 4 <= policy.replies <= 4 + 2 * workers and len(read_samples(tmp_path)) == policy.replies
+    run(tmp_path / "page", SeededPolicy(failing=("0", "1"), error="image: damaged"), batch_size=1)  # nothing is away
+
+
+def test_what_ended_is_on_disk_soon_even_if_nothing_ends_after_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(synthesis, "SAVE_SECONDS", 0.2)
+    seen = []
+
+    class Slow(SeededPolicy):
+        def generate(self, conversations, *, seeds=None):
+            if self.replies == 6:  # one batch of three has ended; the next one waits for its endpoint
+                time.sleep(1)
+                seen.extend(read_samples(tmp_path))
+            return super().generate(conversations, seeds=seeds)
+
+    run(tmp_path, Slow(), batch_size=3, questions=QUESTIONS[:2], samples_per_question=2)
+    assert len(seen) == 3
+
+
+def test_two_processes_do_not_write_into_one_folder(tmp_path):
+    class Second(SeededPolicy):
+        def generate(self, conversations, *, seeds=None):
+            with pytest.raises(SynthesisError, match="another process is writing to"):
+                run(tmp_path)
+            return super().generate(conversations, seeds=seeds)
+
+    assert len(run(tmp_path, Second())) == 15
+    assert len(run(tmp_path)) == 15
+
+
 def test_a_model_that_refuses_everything_has_a_result(tmp_path):
     everything = tuple(str(i) for i in range(5))
     samples = run(tmp_path, SeededPolicy(failing=everything, error="refusal: I will not"))

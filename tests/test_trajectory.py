@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from helpers import FakeCorpus
 from hypothesis import given
@@ -13,6 +15,7 @@ from PIL import ImageChops
 from vrag_lib.actions import Action, ActionKind, InvalidReason
 from vrag_lib.geometry import Box, Size, View
 from vrag_lib.trajectory import (
+    SCHEMA_VERSION,
     ImageRef,
     RecordError,
     StopReason,
@@ -157,6 +160,9 @@ def test_files_that_hold_no_records_are_named(tmp_path):
         read_trajectories(tmp_path / "missing.parquet")
     (tmp_path / "bad.parquet").write_text("not parquet")
     with pytest.raises(RecordError, match=r"bad\.parquet is not a parquet file"):
+        read_trajectories(tmp_path / "bad.parquet")
+    pq.write_table(pa.table({"schema_version": [SCHEMA_VERSION], "id": ["a"]}), tmp_path / "bad.parquet")
+    with pytest.raises(RecordError, match=r"bad\.parquet holds no trajectories: the column 'stop_reason' is missing"):
         read_trajectories(tmp_path / "bad.parquet")
 
 

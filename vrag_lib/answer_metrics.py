@@ -228,7 +228,8 @@ def mmlongbench_score(reference: str, answer: str, answer_format: str) -> float:
 def _clean(value: Any) -> str:
     """Lower case without parentheses, one outer quote at each end, leading $, trailing %. (The official code means to
     remove "miles" and "million" too, but drops the result.)"""
-    text = re.sub(r"\s*\([^)]*\)", "", str(value).lower().strip()).strip()
+    closed, end, rest = str(value).lower().strip().rpartition(")")  # without an end a search goes on from every "("
+    text = (re.sub(r"(?<!\s)\s*\([^)]*\)", "", closed + end) + rest).strip()
     text = re.sub(r"^['\"]|['\"]$", "", text).strip()
     return text.lstrip("$").strip().rstrip("%").strip()
 

@@ -99,11 +99,12 @@ def _new_folder(parent: Path, question: str) -> Path:
 
 def describe_answer(trajectory: Trajectory, corpus: Corpus) -> str:
     """Answer, document, page and region, one line each."""
-    lines = [f"question  {trajectory.question}"]
+    lines = [f"question  {visible(trajectory.question)}"]
     if trajectory.answer is not None:
         lines.append(f"answer    {visible(trajectory.answer)}")
     else:
-        lines.append(f"answer    none ({trajectory.stop_reason}{': ' + trajectory.error if trajectory.error else ''})")
+        error = f": {visible(trajectory.error)}" if trajectory.error else ""
+        lines.append(f"answer    none ({trajectory.stop_reason}{error})")
     evidence = trajectory.evidence
     if evidence is None:
         return "\n".join([*lines, "source    no page was looked at"])

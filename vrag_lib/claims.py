@@ -2,7 +2,8 @@
 
     claim(folder, {"seed": 0, "model": model_fingerprint("data/scale_policy"), "config": depends_on(config, "grpo")})
 
-The first call writes `settings.json`; a later one with other settings raises and names those that differ.
+The first call writes `settings.json`; a later one with other settings raises and names those that differ. `alone_in`
+keeps a second process out of a folder while the first one writes there.
 """
 
 from __future__ import annotations
@@ -10,9 +11,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from vrag_lib.config import Config, to_dict
 from vrag_lib.rendering import read_json, write_atomically
@@ -47,6 +51,23 @@ def claim(
         return
     present.pop("fingerprint", None)  # earlier versions wrote one
     compare(folder, {k: v for k, v in _flat(present).items() if k not in dropped}, wanted, error)
+
+
+@contextmanager
+def alone_in(folder: Path, error: type[Exception] = ClaimError) -> Iterator[None]:
+    """Nobody else is in the folder while this lasts. Raises `error` where somebody is. A process that is killed leaves
+    it; where the file system knows no locks, nothing is kept out."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        with suppress(NotImplementedError):
+            lock.acquire(timeout=0)
+    except Timeout:
+        raise error(f"another process is writing to {folder}; let it end, or give another folder") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def compare(

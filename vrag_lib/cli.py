@@ -10,8 +10,10 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from vrag_lib import __version__, cli_experiments
@@ -44,8 +46,11 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; errors that name a wrong input end with status 2 and one line, not a traceback."""
     arguments = parse(build_parser(), sys.argv[1:] if argv is None else argv)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    log = logging.StreamHandler()
+    log.setFormatter(_Visible("%(levelname)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[log])
     try:
+        _stop_on_terminate()
         return arguments.run(arguments) or 0
     except BrokenPipeError:  # whoever read the output has enough of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -58,6 +63,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; finished parts are kept and the same command goes on from them", file=sys.stderr)
         return 130
+
+
+class _Visible(logging.Formatter):
+    """Messages name files and quote servers: what would steer a terminal is written out."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        from vrag_lib.viewer import visible
+
+        return visible(super().format(record))
+
+
+def _stop_on_terminate() -> None:
+    """Ends as after Ctrl-C, what is finished being written, when a scheduler ends the job."""
+    main = os.getpid()
+
+    def stop(number, frame) -> None:
+        if os.getpid() != main:  # a forked helper has nothing to write
+            os._exit(128 + number)
+        raise KeyboardInterrupt
+
+    with suppress(ValueError):  # only the main thread may
+        signal.signal(signal.SIGTERM, stop)
 
 
 def _ask(commands) -> None:

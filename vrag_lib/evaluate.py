@@ -8,7 +8,7 @@
 Deviations from the released code, whose evaluation script is not published (spec 1.8): what failed or gave no answer is
 wrong and stays in every mean (ViDoRAG drops it, spec 8.5); accuracy is the judge alone, the trainer's product with the
 format gate (trap T4) stands beside it as `judge_gated`; intervals resample questions, the samples of a question being
-averaged first; a judge that gives no verdict is neither right nor wrong, and counted (`unjudged`).
+averaged first; an answer without a verdict counts as the mean of those judged, and is counted (`unjudged`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import numpy as np
 
 from vrag_lib.actions import ActionKind, InvalidReason
 from vrag_lib.answer_metrics import METRICS, is_answerable, is_refusal
-from vrag_lib.claims import claim
+from vrag_lib.claims import alone_in, claim
 from vrag_lib.config import EnvironmentConfig
 from vrag_lib.corpus import Corpus, Question
 from vrag_lib.geometry import iou
@@ -185,11 +185,11 @@ def summarise(frame: pd.DataFrame, by: str | Sequence[str] = (), samples: int = 
 
     The trajectories of a question are one cluster: they are averaged first, and questions are resampled. Columns: `by`;
     `n` questions, `trajectories`, `failed` of them, and `unjudged`; then, each with `_low` and `_high`, `accuracy`
-    (judge), `accuracy_gated`, every answer metric, `finish_rate` (share answered), `invalid_rate` (invalid replies of
-    all replies), `ndcg`, `gold_recall`, `crop_iou`, `turns` (replies), and `mmlongbench_f1` where that metric is (NaN
-    unless questions without an answer were asked, too, which it is about); then plain means of what else was counted.
-    Questions without a value (no gold page, no crop) are left out of that mean; `crop_iou_n` says how many have one.
-    NaN where none has.
+    (judge; NaN where it gave no verdict on any answer), `accuracy_gated`, every answer metric, `finish_rate` (share
+    answered), `invalid_rate` (invalid replies of all replies), `ndcg`, `gold_recall`, `crop_iou`, `turns` (replies),
+    and `mmlongbench_f1` where that metric is (NaN unless questions without an answer were asked, too, which it is
+    about); then plain means of what else was counted. Questions without a value (no gold page, no crop) are left out of
+    that mean; `crop_iou_n` says how many have one. NaN where none has.
 
     Raises ValueError when the frame is empty.
     """
@@ -202,11 +202,25 @@ def summarise(frame: pd.DataFrame, by: str | Sequence[str] = (), samples: int = 
     rows = []
     for key, group in groups:
         row = dict(zip(by, key, strict=True)) | _counts(group)
+        group = _with_verdicts(group)
         for name, interval in _intervals(group, samples, seed).items():
             row |= {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
         per_question = _per_question(group, _MEANS)
         rows.append(row | {name: per_question[name].mean() for name in _MEANS})
     return pd.DataFrame(rows)
+
+
+def _with_verdicts(group: pd.DataFrame) -> pd.DataFrame:
+    """The rows with the mean verdict in place of a missing one. Left out they would make everything else weigh more:
+    trajectories without an answer, which are wrong unasked. No verdict at all says nothing about any answer."""
+    missing = group["judge"].isna()
+    if not missing.any():
+        return group
+    mean = group.loc[group["answered"].astype(bool), "judge"].mean()
+    if math.isnan(mean):
+        return group.assign(judge=math.nan, judge_gated=math.nan)
+    filled = group["judge_gated"].fillna(mean)
+    return group.assign(judge=group["judge"].fillna(mean), judge_gated=filled)
 
 
 def _counts(group: pd.DataFrame) -> dict[str, int]:
@@ -328,8 +342,8 @@ def run(
     again that failed but not by the model's doing, see `sample`. `settings`: what else the trajectories depend on, such
     as a checkpoint.
 
-    Raises SynthesisError when the folder holds trajectories of other settings, SamplingError when all of a seed failed
-    (nothing is scored then, the samples are kept), ValueError as `evaluate_trajectories`.
+    Raises SynthesisError when the folder holds trajectories of other settings or another process writes to it,
+    SamplingError as `sample` (nothing is scored then, the samples are kept), ValueError as `evaluate_trajectories`.
     """
     folder = Path(folder)
     if not seeds or len(set(seeds)) != len(seeds):
@@ -344,28 +358,29 @@ def run(
     }
     # The tables are of all seeds together, so a seed of other questions must not write over those of the others.
     claim(folder / "samples", described | {"questions": questions_fingerprint(questions)}, error=SynthesisError)
-    trajectories: list[Trajectory] = []
-    for seed in seeds:
-        trajectories += sample(
-            policy,
-            questions,
-            corpus,
-            retriever,
-            environment,
-            folder / "samples" / f"seed-{seed}",
-            samples_per_question=1,
-            seed=seed,
-            workers=workers,
-            batch_size=batch_size,
-            max_sampled_tokens=max_sampled_tokens,
-            retry_errors=retry_errors,
-            preset=preset,
-            settings=settings,
-        )
-    write_trajectories(trajectories, folder / "trajectories.parquet")
-    frame = evaluate_trajectories(trajectories, questions, judge, metrics)
-    _write_scores(folder, frame, judge, metrics, described | {"seeds": list(seeds)})
-    return frame
+    with alone_in(folder / "samples", SynthesisError):
+        trajectories: list[Trajectory] = []
+        for seed in seeds:
+            trajectories += sample(
+                policy,
+                questions,
+                corpus,
+                retriever,
+                environment,
+                folder / "samples" / f"seed-{seed}",
+                samples_per_question=1,
+                seed=seed,
+                workers=workers,
+                batch_size=batch_size,
+                max_sampled_tokens=max_sampled_tokens,
+                retry_errors=retry_errors,
+                preset=preset,
+                settings=settings,
+            )
+        write_trajectories(trajectories, folder / "trajectories.parquet")
+        frame = evaluate_trajectories(trajectories, questions, judge, metrics)
+        _write_scores(folder, frame, judge, metrics, described | {"seeds": list(seeds)})
+        return frame
 
 
 def rescore(
@@ -417,4 +432,6 @@ def _write_scores(
     record = {"settings": {**settings, **scored}, "provenance": provenance(None)}
     write_atomically(folder / f"provenance{ending}.json", (json.dumps(record, indent=1) + "\n").encode())
     for stem, table in (("questions", frame), ("summary", summary_table(frame))):
-        write_atomically(folder / f"{stem}{ending}.csv", table.to_csv(index=False, float_format="%.6g").encode())
+        # A carriage return alone ends a row for who reads the file, and is not quoted by who writes it.
+        plain = table.replace(r"\r\n?", "\n", regex=True)
+        write_atomically(folder / f"{stem}{ending}.csv", plain.to_csv(index=False, float_format="%.6g").encode())

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 from PIL import Image
 
@@ -44,6 +43,7 @@ from vrag_lib.minidocs_pages import (
     draw_text,
 )
 from vrag_lib.minidocs_styles import Style, families, fitted, palettes
+from vrag_lib.settings import setting
 
 PAGE_TOKENS = 96
 """Vision tokens (28 x 28 pixels each) at which pages of the default size are meant to be shown."""
@@ -79,10 +79,6 @@ _FILLERS = (
 )
 
 
-def _doc(default: int, text: str) -> Any:
-    return field(default=default, metadata={"doc": text})
-
-
 @dataclass(frozen=True)
 class MiniDocsConfig:
     """Everything a MiniDocs collection depends on. Sizes are raw page pixels; font sizes are em heights.
@@ -91,19 +87,19 @@ class MiniDocsConfig:
     pixels, figures at 6. A crop of a table row or a bar shows its figure at 18 pixels or more.
     """
 
-    seed: int = _doc(0, "seed of all contents; names, families and palettes of a split do not depend on it")
-    train_documents: int = _doc(400, "documents of the training split")
-    validation_documents: int = _doc(40, "documents of the validation split")
-    test_documents: int = _doc(80, "documents of the test split")
-    min_pages: int = _doc(6, "fewest pages of a document, the cover included")
-    max_pages: int = _doc(8, "most pages of a document")
-    questions_per_document: int = _doc(8, "questions asked on a document; their kinds go round")
-    long_side: int = _doc(1176, "longer side of a page, raw pixels")
-    short_side: int = _doc(784, "shorter side of a page, raw pixels")
-    margin: int = _doc(48, "blank border, raw pixels")
-    title_px: int = _doc(48, "em height of titles, raw pixels")
-    label_px: int = _doc(38, "em height of labels and running text, raw pixels")
-    value_px: int = _doc(22, "em height of figures and small print, raw pixels")
+    seed: int = setting(0, "seed of all contents; names, families and palettes of a split do not depend on it")
+    train_documents: int = setting(400, "documents of the training split")
+    validation_documents: int = setting(40, "documents of the validation split")
+    test_documents: int = setting(80, "documents of the test split")
+    min_pages: int = setting(6, "fewest pages of a document, the cover included")
+    max_pages: int = setting(8, "most pages of a document")
+    questions_per_document: int = setting(8, "questions asked on a document; their kinds go round")
+    long_side: int = setting(1176, "longer side of a page, raw pixels")
+    short_side: int = setting(784, "shorter side of a page, raw pixels")
+    margin: int = setting(48, "blank border, raw pixels")
+    title_px: int = setting(48, "em height of titles, raw pixels")
+    label_px: int = setting(38, "em height of labels and running text, raw pixels")
+    value_px: int = setting(22, "em height of figures and small print, raw pixels")
 
     def __post_init__(self) -> None:
         if not len(REQUIRED_PAGES) < self.min_pages <= self.max_pages <= MOST_PAGES:

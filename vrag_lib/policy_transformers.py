@@ -73,7 +73,11 @@ class TransformersPolicy(ChatPolicy):
         try:
             processor = AutoProcessor.from_pretrained(path, local_files_only=local)
             model, info = AutoModelForImageTextToText.from_pretrained(
-                path, dtype=getattr(torch, dtype), local_files_only=local, output_loading_info=True
+                path,
+                dtype=getattr(torch, dtype),
+                local_files_only=local,
+                output_loading_info=True,
+                use_safetensors=True,
             )
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(f"{path} cannot be loaded as a Qwen2-VL-type checkpoint: {error}") from error

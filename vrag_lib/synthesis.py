@@ -23,6 +23,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
@@ -30,7 +31,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from vrag_lib.claims import claim, text_fingerprint
+from vrag_lib.claims import alone_in, claim, text_fingerprint
 from vrag_lib.config import EnvironmentConfig
 from vrag_lib.corpus import Corpus, Question
 from vrag_lib.policy import Policy
@@ -46,6 +47,12 @@ SHARD_SIZE = 32
 
 SAVE_SECONDS = 5.0
 """A shard is written at most this often while it fills; a kill costs no more finished work than this."""
+
+OUTAGE = frozenset({"connection", "timeout", "auth", "server", "rate_limit", "search failed"})
+"""Kinds of failure that the next trajectory will have as well, where an endpoint or a search engine is away."""
+
+MOST_OUTAGES = 32
+"""So many of them in a row end the sampling: each costs time, and replies that were paid for."""
 
 _SETTINGS = "settings.json"
 
@@ -108,9 +115,10 @@ def sample(
     settings: more that the samples depend on and names do not tell (temperatures, models), as plain JSON.
 
     What a policy or a search engine does wrong ends up as `error` trajectories, see `count_errors`. Raises
-    SynthesisError for a folder with samples of other settings, for no samples, and for a uid that occurs twice;
-    SamplingError, once all is written, when nothing but failures that are not the model's own came of it; an exception
-    of the policy itself is passed on once the other workers' shards are written.
+    SynthesisError for a folder with samples of other settings or in which another process writes, for no samples, and
+    for a uid that occurs twice; SamplingError, once all is written, when nothing but failures that are not the model's
+    own came of it, and before that when MOST_OUTAGES in a row had no endpoint or search engine; an exception of the
+    policy itself is passed on once the other workers' shards are written.
     """
     _check(questions, samples_per_question, workers)
     folder = Path(folder)
@@ -135,10 +143,6 @@ def sample(
         },
     )
     tasks = _tasks(questions, samples_per_question, seed, run_id)
-    shards = [
-        _Shard(folder / f"samples-{number:05d}.parquet", tasks[start : start + SHARD_SIZE])
-        for number, start in enumerate(range(0, len(tasks), SHARD_SIZE))
-    ]
 
     def roll(wanted: Sequence[_Task], searched: Retriever, on_finished: Callable[[Trajectory], None]) -> None:
         rollout(
@@ -155,7 +159,12 @@ def sample(
             on_finished=on_finished,
         )
 
-    _fill(shards, roll, retriever, workers, oracle, retry_errors)
+    with alone_in(folder, SynthesisError):
+        shards = [
+            _Shard(folder / f"samples-{number:05d}.parquet", tasks[start : start + SHARD_SIZE])
+            for number, start in enumerate(range(0, len(tasks), SHARD_SIZE))
+        ]
+        _fill(shards, roll, retriever, workers, oracle, retry_errors)
     trajectories = [trajectory for shard in shards for trajectory in shard.trajectories()]
     _report_errors(trajectories, folder)
     return trajectories
@@ -246,7 +255,8 @@ class _Shard:
         self.path, self.tasks = path, tasks
         self._done = {t.id: t for t in read_trajectories(path)} if path.is_file() else {}
         self._saved_at = time.monotonic()
-        self._unsaved = False
+        self._lock = threading.Lock()
+        self._timer: threading.Timer | None = None  # there while something is not saved
 
     def missing(self, retry_errors: bool) -> list[_Task]:
         """Tasks without a trajectory, and if asked those whose trajectory failed and may yet succeed."""
@@ -258,15 +268,26 @@ class _Shard:
         return [task for task in self.tasks if not is_done(task)]
 
     def add(self, trajectory: Trajectory) -> None:
-        self._done[trajectory.id] = trajectory
-        self._unsaved = True
+        """Saves in time even when nothing is added for long: batches end together, and the next may take minutes."""
+        with self._lock:
+            self._done[trajectory.id] = trajectory
+            if self._timer is None:
+                self._timer = threading.Timer(SAVE_SECONDS, self._save_if_possible)
+                self._timer.daemon = True
+                self._timer.start()
         if time.monotonic() - self._saved_at >= SAVE_SECONDS:
             self.save()
 
     def save(self) -> None:
-        if self._unsaved:
-            write_trajectories(self.trajectories(), self.path)
-            self._saved_at, self._unsaved = time.monotonic(), False
+        with self._lock:
+            if self._timer is not None:
+                write_trajectories(self.trajectories(), self.path)
+                self._timer.cancel()
+                self._saved_at, self._timer = time.monotonic(), None
+
+    def _save_if_possible(self) -> None:
+        with suppress(OSError):  # a full disk, say, is reported by the last save, which the caller waits for
+            self.save()
 
     def trajectories(self) -> list[Trajectory]:
         """What is there, in the order of the tasks."""
@@ -287,13 +308,21 @@ def _fill(
     wanted = [(shard, missing) for shard, missing in wanted if missing]
     done = total - sum(len(missing) for _, missing in wanted)
     lock = threading.Lock()  # tqdm counts without one
+    outages = 0
     with tqdm(total=total, initial=done, desc="sampling", unit="trajectory", delay=1) as progress:
 
         def fill(shard: _Shard, missing: Sequence[_Task]) -> None:
             def on_finished(trajectory: Trajectory) -> None:
+                nonlocal outages
                 shard.add(trajectory)
                 with lock:
                     progress.update()
+                    outages = outages + 1 if _kind(trajectory) in OUTAGE else 0
+                if outages >= MOST_OUTAGES:
+                    raise SamplingError(
+                        f"{outages} trajectories in a row failed, the last with: {trajectory.error}. Those made so far "
+                        f"lie in {shard.path.parent}. Put right what failed and run the same again"
+                    )
 
             try:
                 for group, searched in _by_retriever(missing, retriever, oracle):

@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vrag_lib.actions import ActionKind
-from vrag_lib.config import _doc
 from vrag_lib.corpus import Question
 from vrag_lib.geometry import Box, iou
 from vrag_lib.judge import Judge, normalise, rule_judge
 from vrag_lib.rendering import write_atomically
+from vrag_lib.settings import setting
 from vrag_lib.stats import bootstrap_mean
 from vrag_lib.trajectory import ImageRef, StopReason, Trajectory, Turn
 
@@ -51,13 +51,15 @@ class FilterConfig:
     """Limits of the filters. Box sides are shown pixels of the image that the box was named on. The environment grows
     sides below `geometry.MIN_CROP_SIDE`; that is no fault of a box: a table row of MiniDocs is shown 20 pixels high."""
 
-    min_replies: int = _doc(2, "fewest replies, the answer included (paper: 2)")
-    max_replies: int = _doc(6, "most replies, the answer included (paper: 6)")
-    min_box_side: float = _doc(14, "least side of a crop's box: one patch of the encoder, below which nothing is seen")
-    max_box_iou: float = _doc(0.9, "IoU of a crop's box with the whole image from which on it enlarges nothing")
-    min_crop_pixels: int = _doc(56 * 56, "least area of a crop as shown, pixels (released code, there of pages)")
-    max_crop_pixels: int = _doc(1280 * 28 * 28, "largest area of a crop as shown, pixels (released code, of pages)")
-    duplicate_iou: float = _doc(0.8, "near-duplicates: all boxes overlap by more than this IoU")
+    min_replies: int = setting(2, "fewest replies, the answer included (paper: 2)")
+    max_replies: int = setting(6, "most replies, the answer included (paper: 6)")
+    min_box_side: float = setting(
+        14, "least side of a crop's box: one patch of the encoder, the least that is seen"
+    )
+    max_box_iou: float = setting(0.9, "IoU of a crop's box with the whole image from which on it enlarges nothing")
+    min_crop_pixels: int = setting(56 * 56, "least area of a crop as shown, pixels (released code, there of pages)")
+    max_crop_pixels: int = setting(1280 * 28 * 28, "largest area of a crop as shown, pixels (released code, of pages)")
+    duplicate_iou: float = setting(0.8, "near-duplicates: all boxes overlap by more than this IoU")
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ def merge_adapter(checkpoint: str | Path, adapter: str | Path, output: str | Pat
 
     if not (Path(adapter) / _ADAPTER).is_file():
         raise FileNotFoundError(f"{adapter} holds no LoRA adapter; it is the `final` folder of a training run")
-    model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype="auto")
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype="auto", use_safetensors=True)
     with torch.no_grad():
         merged = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
     merged.save_pretrained(output)

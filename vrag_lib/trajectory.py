@@ -341,4 +341,7 @@ def read_trajectories(path: str | Path) -> list[Trajectory]:
         rows: Sequence[dict] = pq.read_table(path).to_pylist()
     except pa.ArrowInvalid as error:
         raise RecordError(f"{path} is not a parquet file of trajectories: {error}") from error
-    return [from_row(row) for row in rows]
+    try:
+        return [from_row(row) for row in rows]
+    except KeyError as error:
+        raise RecordError(f"{path} holds no trajectories: the column {error} is missing") from error
