@@ -208,6 +208,36 @@ def test_a_connection_that_breaks_off_costs_no_finished_file(hub, pdfs, monkeypa
     assert (folder / "documents" / "a.b.pdf").read_bytes() == pdfs["a.b.pdf"]
 
 
+@pytest.mark.parametrize("name", ["samples.json", "mi_phone.pdf"])
+@pytest.mark.parametrize("portal", [b"<html>Log in</html>", b'{"error": "log in"}'])
+def test_what_a_network_answers_in_the_place_of_a_file_is_not_kept(hub, pdfs, tmp_path, name, portal):
+    whole = hub.files[f"raw/{name}"]
+    hub.files[f"raw/{name}"] = portal
+    with pytest.raises(CorpusError, match=rf"what {hub.url}/raw/{name} gave for {name} .* was not kept, it begins b'"):
+        fetch_dataset("mmlongbench_doc")
+    kept = next((tmp_path / "cache" / "datasets").iterdir())
+    assert not list(kept.rglob(name))
+    (kept / name if name == "samples.json" else kept / "documents" / name).write_bytes(portal)  # by an earlier version
+    hub.files[f"raw/{name}"] = whole
+    folder = fetch_dataset("mmlongbench_doc")
+    assert (folder / "documents" / "mi_phone.pdf").read_bytes() == pdfs["mi_phone.pdf"]
+    assert len(load_questions(folder, "unified")) == 2
+
+
+@pytest.mark.parametrize("name", ["a.b.pdf", "mi_phone.pdf"])
+def test_a_document_that_got_lost_is_fetched_again_as_the_message_says(hub, name):
+    config = load_config("laptop", ["corpus.ocr=none", "corpus.workers=1"])
+    folder = fetch_dataset("mmlongbench_doc")
+    (folder / "documents" / name).unlink()
+    with pytest.raises(CorpusError, match=r"are missing, .* Delete \S+, so that the next call fetches") as caught:
+        open_datasets({"mmlongbench_doc": None}, config)
+    marker = Path(str(caught.value).split("Delete ")[1].split(", so that")[0])
+    assert marker.parent == folder and f"what {folder} lacks" in str(caught.value)
+    marker.unlink()
+    corpus, questions = open_datasets({"mmlongbench_doc": None}, config)
+    assert len(corpus.documents) == len(questions) == 2
+
+
 def test_benchmarks_by_name_are_merged_into_one_corpus(hub):
     config = load_config("laptop", ["corpus.ocr=none", "corpus.workers=1"])
     corpus, questions = open_datasets(dict.fromkeys(HUB_DATASETS), config)

@@ -14,7 +14,7 @@ from vrag_lib.config import ConfigError, EnvironmentConfig
 from vrag_lib.corpus import Question
 from vrag_lib.environment import Environment
 from vrag_lib.geometry import Box, Size
-from vrag_lib.retrieval import RetrievalIndexError
+from vrag_lib.retrieval import Hit, RetrievalIndexError
 from vrag_lib.trajectory import StopReason
 
 SIZES = [Size(1000, 800), Size(800, 1000), Size(640, 480), Size(50, 900)]
@@ -153,6 +153,12 @@ def test_given_pages_count_as_shown_and_are_forgotten_by_a_reset():
     assert environment.reset("q").images == ()
     assert environment.step("<bbox>[0, 0, 100, 100]</bbox>").invalid is InvalidReason.NO_IMAGE
     assert environment.step("<search>3</search>").images[0].page_id == "doc_3"
+
+
+def test_a_page_that_is_found_twice_is_given_once():
+    environment = make(given="retrieved", given_pages=3, allow_search=False, allow_crop=False)
+    environment.retriever.search = lambda queries, k: [[Hit(f"doc_{n}", 1.0) for n in (2, 2, 1, 2, 3, 4)]]
+    assert [image.page_id for image in environment.given(Question("q", "q", ""))] == ["doc_2", "doc_1", "doc_3"]
 
 
 def test_the_budget_is_announced_below_given_pages_too():

@@ -204,8 +204,11 @@ def test_a_wrong_or_partial_folder_is_named_with_what_to_do(config, trees, tmp_p
         open_datasets({"mmlongbench_doc": trees / "documents"}, config)
     (trees / "documents" / "south.pdf").unlink()
     (trees / "documents" / "west.pdf").write_bytes(b"%PDF-1.4 broken")
-    with pytest.raises(CorpusError, match=r"1 documents .* the first: south\.pdf; 1 of 3 questions .* with --partial"):
+    with pytest.raises(
+        CorpusError, match=r"1 documents .* the first: south\.pdf; 1 of 3 questions .* with --partial"
+    ) as caught:
         open_datasets({"mmlongbench_doc": trees}, config)
+    assert f"Add the documents to their folder in {trees}, or" in str(caught.value)
     _, questions = open_datasets({"mmlongbench_doc": trees}, config, partial=True)
     assert [q.file_name for q in questions] == ["north.v2.pdf", "west.pdf"]  # unreadable is not missing
     assert "left out: 1 documents" in caplog.text
@@ -213,6 +216,20 @@ def test_a_wrong_or_partial_folder_is_named_with_what_to_do(config, trees, tmp_p
         file.unlink()
     with pytest.raises(CorpusError, match="documents holds no document; put PDFs"):
         open_datasets({"mmlongbench_doc": trees}, config)
+
+
+def test_a_broken_document_called_as_another_keeps_its_questions(config, tmp_path):
+    for year in ("2019", "2020"):
+        words_pdf(tmp_path / "documents" / year / "report.pdf", f"The bird of {year} is the heron")
+    (tmp_path / "documents" / "2019" / "report.pdf").write_bytes(b"%PDF-1.4 broken")
+    items = [
+        {"query": "bird?", "reference_answer": "heron", "file_name": f"{year}/report.pdf", "reference_page": [1]}
+        for year in ("2019", "2020")
+    ]
+    (tmp_path / "questions.json").write_text(json.dumps(items))
+    corpus, questions = open_datasets({"unified": tmp_path}, config)
+    assert corpus.page_ids == ("report_1",)
+    assert [q.gold_page_ids for q in questions] == [("2019_report_1",), ("report_1",)]
 
 
 def test_the_command_asks_an_endpoint_and_lets_another_judge(trees, tmp_path, monkeypatch, capsys):

@@ -8,6 +8,8 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlencode
 from urllib.request import urlopen
@@ -142,13 +144,38 @@ def test_pages_of_the_corpus_and_nothing_else_can_be_fetched(client, corpus, tmp
         assert response.status_code == 404 and "secret" not in response.text.replace("secret.", ""), path
 
 
-def test_page_ids_that_are_no_file_names_keep_the_path_of_their_image(corpus, tmp_path):
-    ids = ["../../up_1", "a/b_1", "nul\0_1", "x" * 300 + "_1", "..", "fine_1"]
+@pytest.mark.parametrize("image_url", [None, "http://host"])
+def test_pages_whose_ids_are_no_file_names_are_served_and_found(corpus, tmp_path, image_url):
+    ids = ["../../up_1", "a/b_1", "nul\0_1", "a\\b_1", "x" * 300 + "_1", "ü" * 125 + "_1", "..", "fine_1"]
     pages = [Page(page_id, "d", i, corpus.pages[i].image_path, Size(28, 28)) for i, page_id in enumerate(ids)]
-    files = link_images(Corpus([Document("d", tmp_path / "d.pdf", "1" * 64, tuple(pages))]), tmp_path / "links")
-    assert sorted(path.name for path in (tmp_path / "links").iterdir()) == ["...jpg", "fine_1.jpg"]
+    odd = Corpus([Document("d", tmp_path / "d.pdf", "1" * 64, tuple(pages))])
+    files = link_images(odd, tmp_path / "links")
+    assert len(list((tmp_path / "links").iterdir())) == len(ids)
+    assert {"...jpg", "fine_1.jpg"} == {path.name for path in files.values() if len(path.name) < 60}
     for page in pages:
         assert files[page.id].read_bytes() == page.image_path.read_bytes()
+    app = create_app(FixedRetriever(ids), odd, image_dir=tmp_path / "links", image_url=image_url)
+    found = [hit.page_id for hit in client_of(app, odd).search(["x" * len(ids)], 10)[0]]
+    assert found == ids
+
+
+def client_of(app, corpus) -> RemoteRetriever:
+    """A client of an application, without a network between them."""
+    served = TestClient(app)
+    return RemoteRetriever(
+        "http://server:1", corpus, transport=httpx.MockTransport(lambda request: relayed(served, request))
+    )
+
+
+def relayed(served: TestClient, request: httpx.Request) -> httpx.Response:
+    answer = served.get(request.url.raw_path.decode())
+    return httpx.Response(answer.status_code, content=answer.content)
+
+
+def test_an_image_that_is_gone_is_not_found(client, corpus):
+    corpus.pages[0].image_path.unlink()
+    response = client.get(f"/image/{corpus.page_ids[0]}")
+    assert response.status_code == 404 and "restart of the server" in response.json()["detail"]
 
 
 def test_links_follow_the_corpus_and_are_copies_where_links_cannot_be_made(corpus, tmp_path, monkeypatch):
@@ -198,7 +225,7 @@ def test_a_real_server_takes_the_trainers_batches_and_no_raw_traversal(running, 
             reply = b"".join(iter(lambda: raw.recv(65536), b""))
         assert reply.startswith(b"HTTP/1.1 404") and b"root:" not in reply
     health = httpx.get(f"http://{host}:{port}/health").json()
-    assert health == {"retriever": "fixed", "pages": 15}
+    assert health == {"retriever": "fixed", "pages": 15, "corpus": corpus.fingerprint}
     remote = RemoteRetriever(f"http://{host}:{port}", corpus)
     assert isinstance(remote, Retriever)
     queries = ["ab", "总收入" * 400, *["x" * n for n in range(250)], "\ud800"]
@@ -207,6 +234,27 @@ def test_a_real_server_takes_the_trainers_batches_and_no_raw_traversal(running, 
     assert [[hit.page_id for hit in hits] for hits in got] == [[hit.page_id for hit in hits] for hits in want]
     assert [hit.score for hit in got[0]] == [1 / rank for rank in range(1, 8)]
     assert max(len(asked) for asked in retriever.asked[2:]) <= 100
+
+
+def test_health_answers_while_searches_wait(running, retriever, monkeypatch):
+    host, port = running
+    began, go_on = threading.Semaphore(0), threading.Event()
+
+    def search(queries, k):
+        began.release()
+        go_on.wait(20)
+        return [[] for _ in queries]
+
+    monkeypatch.setattr(retriever, "search", search)
+    with ThreadPoolExecutor(60) as pool:
+        waiting = [pool.submit(httpx.get, f"http://{host}:{port}/search?queries=q", timeout=30) for _ in range(60)]
+        try:
+            assert began.acquire(timeout=20)
+            time.sleep(0.5)  # until all threads of the server are taken
+            assert httpx.get(f"http://{host}:{port}/health", timeout=5).status_code == 200
+        finally:
+            go_on.set()
+    assert all(answer.result().status_code == 200 for answer in waiting)
 
 
 def test_serve_runs_that_server(monkeypatch, corpus, retriever):
@@ -221,12 +269,15 @@ def test_serve_runs_that_server(monkeypatch, corpus, retriever):
     assert calls == [(retriever, corpus, "127.0.0.1", 8002, 10), "run"]
 
 
-def remote(corpus, answers, **options) -> tuple[RemoteRetriever, list]:
-    """A client whose requests get the given answers, one after the other; what it did is in the list."""
+def remote(corpus, answers, health=None, **options) -> tuple[RemoteRetriever, list]:
+    """A client whose searches get the given answers, one after the other; what it did is in the list. The server has no
+    /health, as the authors', unless its answer is given."""
     log: list = []
     answers = iter(answers)
 
     def handler(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/health":
+            return health or httpx.Response(404, json={"detail": "Not Found"})
         log.append(request.url.params.get_list("queries"))
         answer = next(answers)
         if isinstance(answer, Exception):
@@ -261,6 +312,7 @@ def test_the_client_tries_again_with_growing_pauses(corpus):
     [
         (httpx.Response(400, json={"detail": "no queries"}), "refused the request: status 400.*no queries"),
         (httpx.Response(200, text="<html>error</html>"), "something other than JSON"),
+        (httpx.Response(200, text="[" * 100_000), "something other than JSON"),
         (httpx.Response(200, json={"results": []}), "one list for each of 1 queries"),
         (httpx.Response(200, json=[[], []]), "one list for each of 1 queries"),
         (httpx.Response(200, json=[[{"idx": 0}]]), "not {idx, image_file}"),
@@ -274,6 +326,74 @@ def test_an_answer_that_makes_no_sense_is_named_and_not_asked_for_again(corpus, 
     with pytest.raises(SearchServerError, match=message):
         retriever.search(["q"], 10)
     assert len(log) == 1
+
+
+def test_the_name_is_that_of_the_retriever_wherever_it_runs(corpus, retriever, tmp_path):
+    app = create_app(retriever, corpus, image_dir=tmp_path / "served")
+    assert client_of(app, corpus).name == "remote:fixed"
+    elsewhere, _ = remote(corpus, [], health=httpx.Response(200, json={"retriever": "fixed", "pages": 15}))
+    assert elsewhere.name == "remote:fixed"
+
+
+@pytest.mark.parametrize(
+    "health",
+    [
+        None,
+        httpx.Response(500, text="no such path"),
+        httpx.Response(200, text="ok"),
+        httpx.Response(200, json=["ok"]),
+        httpx.Response(200, json={"status": "ok"}),
+    ],
+)
+def test_a_server_that_does_not_tell_its_retriever_is_called_by_its_url(corpus, health):
+    retriever, _ = remote(corpus, [answer_of("annual report 2.0_4.jpg")], health=health)
+    assert retriever.name == "remote:http://server:1/search"
+    assert retriever.search(["q"], 1)[0][0].page_id == "annual report 2.0_4"
+
+
+def test_a_server_that_is_not_up_has_no_name(corpus):
+    dead, _ = remote(corpus, [], health=httpx.Response(502, text="starting"))
+    with pytest.raises(SearchServerError, match="health refused the request: status 502: starting"):
+        dead.name  # noqa: B018
+
+
+def test_a_server_of_another_corpus_is_refused_and_one_of_other_pages_named(corpus, retriever, tmp_path, caplog):
+    fewer = Corpus([replace(corpus.documents[0], sha256="2" * 64, pages=corpus.pages[:14])])
+    other = client_of(create_app(FixedRetriever(fewer.page_ids), fewer, image_dir=tmp_path / "served"), corpus)
+    for ask in (lambda: other.name, lambda: other.search(["q"], 1)):
+        with pytest.raises(SearchServerError, match=r"serves another corpus \(14 pages there, 15 here\)"):
+            ask()
+    assert not caplog.text
+    older, _ = remote(corpus, [], health=httpx.Response(200, json={"retriever": "fixed", "pages": 14}))
+    assert older.name == "remote:fixed"
+    assert "may serve another corpus: 14 pages there, 15 here" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "image_file",
+    [
+        "http://host/img/annual%20report%202.0_7.jpg",
+        "HTTPS://host/img/annual%20report%202.0_7",
+        "/img/annual report 2.0_7.JPG",
+        "annual report 2.0_7.jpeg",
+        "img/annual report 2.0_7.png",
+        "D:\\img\\annual report 2.0_7.Webp",
+    ],
+)
+def test_images_are_known_by_path_and_url_whatever_their_suffix(corpus, image_file):
+    retriever, _ = remote(corpus, [answer_of(image_file)])
+    assert retriever.search(["q"], 1)[0][0].page_id == "annual report 2.0_7"
+
+
+def test_ranks_are_followed_and_a_page_counts_once(corpus):
+    ranked = [(2, 5), (0, 4), (1, 4), (3, 6)]
+    results = [{"idx": idx, "image_file": f"annual report 2.0_{number}.jpg"} for idx, number in ranked]
+    retriever, _ = remote(corpus, [httpx.Response(200, json=[results])])
+    hits = retriever.search(["q"], 2)[0]
+    assert [(hit.page_id[-1], hit.score) for hit in hits] == [("4", 1), ("5", 1 / 2)]
+    del results[3]["idx"]
+    retriever, _ = remote(corpus, [httpx.Response(200, json=[results])])
+    assert [hit.page_id[-1] for hit in retriever.search(["q"], 10)[0]] == ["5", "4", "6"]
 
 
 @pytest.mark.parametrize("url", ["http://user:secret@host", "http://host/search?key=secret", "secret:8000"])

@@ -18,6 +18,7 @@ hub's own client finds it (`hf auth login` or `HF_TOKEN`); nothing here reads or
 from __future__ import annotations
 
 import glob
+import json
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -80,8 +81,8 @@ HUB_DATASETS = {
 }
 """The benchmarks that need no local copy."""
 
-_DONE = "questions.json"
-"""Written last, so a folder that holds it is whole."""
+DONE = "questions.json"
+"""Written last, so a folder that holds it is whole; without it the folder is gone on with."""
 
 
 def find_dataset(dataset: str | Path) -> Path:
@@ -104,7 +105,7 @@ def fetch_dataset(name: str, folder: str | Path | None = None) -> Path:
         raise CorpusError(f"there is no data set {name!r} to fetch; there are {', '.join(HUB_DATASETS)}")
     source = HUB_DATASETS[name]
     folder = Path(folder) if folder else cache_dir() / "datasets" / f"{name}-{source.revision[:8]}"
-    if (folder / _DONE).is_file():
+    if (folder / DONE).is_file():
         return folder
     documents = folder / "documents"
     documents.mkdir(parents=True, exist_ok=True)
@@ -122,7 +123,7 @@ def fetch_dataset(name: str, folder: str | Path | None = None) -> Path:
             target = documents / document
             if not target.is_file() or target.stat().st_size != size:
                 write_atomically(target, read())
-    write_unified(questions, folder / _DONE)
+    write_unified(questions, folder / DONE)
     return folder
 
 
@@ -148,14 +149,30 @@ def _remedy(name: str, source: HubDataset) -> Iterator[None]:
 
 
 def _fetch_file(url: str, target: Path) -> None:
-    """A small file from elsewhere than the hub."""
+    """A small file from elsewhere than the hub. Raises CorpusError for an answer that is no such file, as networks give
+    that want a log-in first: such an answer is not kept."""
     import httpx
 
-    if target.is_file():
+    if target.is_file() and _is_as_named(target.name, target.read_bytes()):
         return
     response = httpx.get(url, follow_redirects=True, timeout=60)
     response.raise_for_status()
+    if not _is_as_named(target.name, response.content):
+        raise CorpusError(
+            f"what {url} gave for {target.name} is no such file and was not kept, it begins {response.content[:40]!r}; "
+            "see in a browser whether this network wants a log-in first"
+        )
     write_atomically(target, response.content)
+
+
+def _is_as_named(name: str, content: bytes) -> bool:
+    """Whether this is a PDF, or for a name in .json a list in JSON, as benchmarks keep questions."""
+    if not name.endswith(".json"):
+        return b"%PDF" in content[:1024]  # where readers look for it
+    try:
+        return isinstance(json.loads(content), list)
+    except ValueError:
+        return False
 
 
 def _fetch_snapshot(source: HubDataset, patterns: list[str]) -> Path:

@@ -104,7 +104,8 @@ class Environment:
         if self.config.given == "gold_pages":
             return tuple(map(self._whole_page, question.gold_page_ids))
         hits = self.retriever.search([question.query], self.config.given_pages)[0]
-        return tuple(self._whole_page(hit.page_id) for hit in hits[: self.config.given_pages])
+        distinct = list(dict.fromkeys(hit.page_id for hit in hits))
+        return tuple(map(self._whole_page, distinct[: self.config.given_pages]))
 
     def reset(self, question: str, given: Sequence[ImageRef] = ()) -> Observation:
         """Forget everything and pose the question, with the images of `given` above it (or the text of their pages).

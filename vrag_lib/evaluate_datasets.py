@@ -20,7 +20,7 @@ from vrag_lib.claims import model_fingerprint
 from vrag_lib.config import Config, save_config
 from vrag_lib.corpus import Corpus, Question
 from vrag_lib.corpus_formats import answerable, load_dataset, with_prefix
-from vrag_lib.dataset_hub import HUB_DATASETS, fetch_dataset
+from vrag_lib.dataset_hub import DONE, HUB_DATASETS, fetch_dataset
 from vrag_lib.document_files import CorpusError, document_stem
 from vrag_lib.evaluate import DEFAULT_METRICS, run
 from vrag_lib.factory import SCALE_RETRIEVER, make_policy, make_retriever, scale_policy
@@ -59,7 +59,7 @@ def open_datasets(
     questions: list[Question] = []
     for name, path in datasets.items():
         corpus, found = _open_dataset(name, path, config, split, answerable_only)
-        found = _with_documents(name, found, corpus, partial)
+        found = _with_documents(name, path, found, corpus, partial)
         if alike := _called_alike(corpus, corpora):
             logger.warning(
                 "%d documents of %s are called as others of another dataset, for example %s; they get %s- in front",
@@ -114,11 +114,18 @@ def _open_dataset(
     return docs.corpus(split), answerable(questions) if answerable_only else questions
 
 
-def _with_documents(name: str, questions: tuple[Question, ...], corpus: Corpus, partial: bool) -> tuple[Question, ...]:
+def _with_documents(
+    name: str, path: str | Path | None, questions: tuple[Question, ...], corpus: Corpus, partial: bool
+) -> tuple[Question, ...]:
     """The questions whose documents are there; a document that is there and cannot be used keeps its questions, as
-    the benchmark counts them, and was named by the corpus."""
+    the benchmark counts them, and was named by the corpus. `path` as in `open_datasets`.
+
+    Raises CorpusError, unless `partial`, when documents are missing.
+    """
     there = {document.id for document in corpus.documents}
     there |= {document_stem(problem.path) for problem in corpus.problems}
+    # of the same name as another document, their questions name the whole path (`with_document_names`)
+    there |= {document_stem(file.replace("/", "_")) for file, document_id in corpus.files.items() if not document_id}
     there.add("")  # a question that names no document needs none of them
     missing = sorted({q.file_name for q in questions if document_stem(q.file_name) not in there})
     if not missing:
@@ -129,9 +136,12 @@ def _with_documents(name: str, questions: tuple[Question, ...], corpus: Corpus, 
         f"{len(questions) - len(kept)} of {len(questions)} questions are about them"
     )
     if not partial:
+        remedy = f"Add the documents to their folder in {path}"
+        if path is None and name in HUB_DATASETS:
+            folder = fetch_dataset(name)
+            remedy = f"Delete {folder / DONE}, so that the next call fetches what {folder} lacks"
         raise CorpusError(
-            f"{what}. Add the documents to the folder, or leave these questions out, of their file or, in `vrag "
-            "evaluate`, with --partial"
+            f"{what}. {remedy}, or leave these questions out, of their file or, in `vrag evaluate`, with --partial"
         )
     logger.warning("left out: %s", what)
     return kept

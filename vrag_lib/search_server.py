@@ -7,17 +7,20 @@ One list per query, best page first, `idx` the rank from 0, `image_file` a path 
 demo and trainer read page ids off the file's name, `{document}_{page}.jpg`, so every page gets a link of that name.
 
 Deviations from the released server: requests that make no sense get a 4xx that says why; paths are absolute, so the
-client may run anywhere on the machine (trap S10); `GET /image/{page id}` gives the bytes to clients on another one.
-The client has time-outs and bounded retries, where the released one waits for ever and dies of an error page (T22).
+client may run anywhere on the machine (trap S10); `GET /image/{page id}` gives the bytes to clients on another one;
+`GET /health` tells which retriever ranks and which corpus, so that a run does not go on with others. The client has
+time-outs and bounded retries, where the released one waits for ever and dies of an error page (T22).
 """
 
 from __future__ import annotations
 
-import os
+import hashlib
+import logging
 import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote, urlsplit
@@ -28,11 +31,14 @@ from fastapi.responses import FileResponse
 
 from vrag_lib import config
 from vrag_lib.actions import MAX_QUERY_CHARS
+from vrag_lib.rendering import IMAGE_SUFFIXES
 from vrag_lib.retrieval import Hit, Retriever
 from vrag_lib.settings import check_url
 
 if TYPE_CHECKING:
     from vrag_lib.corpus import Corpus
+
+logger = logging.getLogger(__name__)
 
 MAX_QUERIES = 256
 """Queries of one request; the released client sends at most 100."""
@@ -42,6 +48,8 @@ MAX_CHARS = 8000
 
 _MAX_REQUEST_BYTES = 16 * 2**20  # of the request line: 256 queries of 8000 characters, percent-encoded, mostly fit
 _CHUNK_QUERIES, _CHUNK_BYTES = 100, 8000  # of one request of the client; servers commonly refuse lines above 16 KB
+_MAX_NAME_BYTES = 255  # of a file name, on all usual file systems
+_GATEWAY_ERRORS = (502, 503, 504)  # what a proxy answers while the server behind it is not up
 
 
 class SearchServerError(RuntimeError):
@@ -71,6 +79,7 @@ def create_app(
     else:
         folder = Path(image_dir) if image_dir else config.cache_dir() / "served" / corpus.fingerprint[:24]
         files = {page_id: str(path) for page_id, path in link_images(corpus, folder).items()}
+    served = {"retriever": retriever.name, "pages": len(retriever.page_ids), "corpus": corpus.fingerprint}
     turn = threading.Lock()  # requests arrive in threads; retrievers need not be thread-safe
     app = FastAPI(title="vrag search", docs_url=None, redoc_url=None)
 
@@ -88,11 +97,14 @@ def create_app(
     def image(page_id: str) -> FileResponse:
         if page_id not in corpus:  # ids are looked up, never joined to a path
             raise HTTPException(404, "the corpus has no page of that id")
-        return FileResponse(corpus.page(page_id).image_path)
+        path = corpus.page(page_id).image_path
+        if not path.is_file():
+            raise HTTPException(404, "the image of that page is gone; a restart of the server renders it anew")
+        return FileResponse(path)
 
     @app.get("/health")
-    def health() -> dict[str, Any]:
-        return {"retriever": retriever.name, "pages": len(retriever.page_ids)}
+    async def health() -> dict[str, Any]:  # not in a thread: searches that wait for their turn may hold all of them
+        return served
 
     return app
 
@@ -113,18 +125,13 @@ def _problem(queries: Sequence[str], names: set[str]) -> str | None:
 
 
 def link_images(corpus: Corpus, folder: Path) -> dict[str, Path]:
-    """A file `{page id}.jpg` for every page in `folder`, linked to the page image (copied where links cannot be made).
-
-    A page whose id is no usable file name keeps the path of its image.
-    """
+    """A file named `served_name` for every page in `folder`, linked to the page image (copied where links cannot be
+    made)."""
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     files = {}
     for page in corpus.pages:
-        target, image = folder / f"{page.id}.jpg", page.image_path.resolve()
-        if target.parent != folder or "\0" in page.id or len(os.fsencode(target.name)) > 255:
-            files[page.id] = image
-            continue
+        target, image = folder / f"{served_name(page.id)}.jpg", page.image_path.resolve()
         if target.resolve() != image:
             target.unlink(missing_ok=True)
             try:
@@ -135,6 +142,17 @@ def link_images(corpus: Corpus, folder: Path) -> dict[str, Path]:
                 shutil.copyfile(image, target)
         files[page.id] = target
     return files
+
+
+def served_name(page_id: str) -> str:
+    """What the served file of a page is called before its `.jpg`: the page id, or a digest of an id that is too long
+    for a file name or holds what cannot stand in one.
+
+    >>> served_name("annual report_12"), len(served_name("x" * 300 + "_1"))
+    ('annual report_12', 64)
+    """
+    usable = len(page_id.encode(errors="replace")) + len(".jpg") <= _MAX_NAME_BYTES and not set(page_id) & set("/\\\0")
+    return page_id if usable else hashlib.sha256(page_id.encode(errors="replace")).hexdigest()
 
 
 def serve(retriever: Retriever, corpus: Corpus, host: str = "127.0.0.1", port: int = 8002, top_k: int = 10) -> None:
@@ -155,7 +173,8 @@ def make_server(retriever: Retriever, corpus: Corpus, host: str, port: int, top_
 class RemoteRetriever:
     """A `Retriever` that asks a search server: this module's or the authors' own.
 
-    The server gives ranks without scores; the score of a hit is 1 / (1 + rank).
+    The server gives ranks without scores; the score of a hit is 1 / (1 + rank), a page that it gives twice counts once.
+    It is asked for its /health once, by the first search or use of `name`.
 
     url: base URL or the URL of /search. corpus: what the server has indexed. timeout: seconds per attempt.
     attempts: per request; `pause` seconds before the second, twice as long before each further one. A refusal (4xx
@@ -176,20 +195,35 @@ class RemoteRetriever:
     ) -> None:
         check_url("the URL of the search server", url)
         self.url = url.rstrip("/").removesuffix("/search") + "/search"
-        self.name = f"remote:{self.url}"
         self.page_ids = tuple(corpus.page_ids)
         self.attempts, self.pause, self._sleep = max(1, attempts), pause, sleep
-        self._known = frozenset(self.page_ids)
+        self._corpus = corpus
+        self._ids = {name: page_id for page_id in self.page_ids for name in (served_name(page_id), page_id)}
+        self._name = ""
         self._client = httpx.Client(timeout=httpx.Timeout(timeout, connect=min(timeout, 10.0)), transport=transport)
+
+    @property
+    def name(self) -> str:
+        """`remote:` and the name of the server's retriever, wherever it runs; the URL of a server that tells none, such
+        as the authors' own. Raises SearchServerError when it cannot be reached or serves another corpus."""
+        self._meet()
+        return self._name
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
         """The pages the server ranks for each query, at most `k`, in requests of up to 100 queries.
 
-        Raises SearchServerError when the server cannot be reached, refuses, or answers with pages of another corpus.
+        Raises SearchServerError when the server cannot be reached, refuses, or serves or answers with another corpus.
         """
         found: list[list[Hit]] = []
         for chunk in _chunks(queries):
-            answer = self._ask(chunk)
+            self._meet()
+            response = self._get(self.url, chunk)
+            if response.status_code != 200:
+                raise _refusal(self.url, response)
+            try:
+                answer = response.json()
+            except (ValueError, RecursionError):
+                raise SearchServerError(f"{self.url} answered with something other than JSON") from None
             if not isinstance(answer, list) or len(answer) != len(chunk):
                 raise SearchServerError(f"{self.url} did not answer with one list for each of {len(chunk)} queries")
             found += [self._hits(results, k) for results in answer]
@@ -197,51 +231,83 @@ class RemoteRetriever:
 
     def _hits(self, results: Any, k: int) -> list[Hit]:
         try:
-            ids = [page_id_of(result["image_file"]) for result in results][: max(0, k)]
+            if all(isinstance(result.get("idx"), int) for result in results):
+                results = sorted(results, key=lambda result: result["idx"])
+            names = [page_id_of(result["image_file"]) for result in results]
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise SearchServerError(f"{self.url} gave a result that is not {{idx, image_file}}: {error!r}") from error
-        unknown = next((page_id for page_id in ids if page_id not in self._known), None)
+        distinct = list(dict.fromkeys(self._ids.get(name, name) for name in names))[: max(0, k)]
+        unknown = next((page_id for page_id in distinct if page_id not in self._ids), None)
         if unknown is not None:
             raise SearchServerError(
                 f"{self.url} found page {unknown!r}, which this corpus does not have; does it serve another?"
             )
-        return [Hit(page_id, 1 / (1 + rank)) for rank, page_id in enumerate(ids)]
+        return [Hit(page_id, 1 / (1 + rank)) for rank, page_id in enumerate(distinct)]
 
-    def _ask(self, queries: list[str]) -> Any:
-        """The JSON answer, after as many attempts as it takes or are allowed."""
-        problem = ""
-        for attempt in range(self.attempts):
-            if attempt:
-                self._sleep(self.pause * 2 ** (attempt - 1))
+    def _meet(self) -> None:
+        """Learn, once, what the server calls its retriever, and that it serves this corpus."""
+        if self._name:
+            return
+        url = self.url.removesuffix("/search") + "/health"
+        response = self._get(url)
+        if response.status_code in _GATEWAY_ERRORS:
+            raise _refusal(url, response)
+        told: Any = None
+        if response.status_code == 200:
+            with suppress(ValueError, RecursionError):
+                told = response.json()
+        if not isinstance(told, dict) or not isinstance(told.get("retriever"), str):
+            self._name = f"remote:{self.url}"
+            return
+        pages = f"{told.get('pages')} pages there, {len(self.page_ids)} here"
+        if "corpus" not in told and told.get("pages") != len(self.page_ids):
+            logger.warning("%s may serve another corpus: %s", self.url, pages)
+        if told.get("corpus", self._corpus.fingerprint) != self._corpus.fingerprint:
+            raise SearchServerError(
+                f"{self.url} serves another corpus ({pages}); let it serve the same documents, rendered at the same "
+                "corpus.dpi, or give the address of a server that does"
+            )
+        self._name = f"remote:{told['retriever']}"
+
+    def _get(self, url: str, queries: Sequence[str] = ()) -> httpx.Response:
+        """The answer, after as many attempts as it takes or are allowed: with status 408, 429 or 5xx only the last.
+
+        Raises SearchServerError when the last attempt got none.
+        """
+        for attempt in range(1, self.attempts + 1):
+            if attempt > 1:
+                self._sleep(self.pause * 2 ** (attempt - 2))
             try:
-                response = self._client.get(self.url, params=[("queries", query) for query in queries])
+                response = self._client.get(url, params=[("queries", query) for query in queries])
             except httpx.TransportError as error:
-                problem = f"{type(error).__name__}: {error}"
+                if attempt == self.attempts:
+                    raise SearchServerError(
+                        f"{url} gave no answer in {attempt} attempts; the last failed with "
+                        f"{type(error).__name__}: {error}"
+                    ) from error
                 continue
-            if response.status_code == 200:
-                try:
-                    return response.json()
-                except ValueError:
-                    raise SearchServerError(f"{self.url} answered with something other than JSON") from None
-            problem = f"status {response.status_code}: {response.text[:300]}"
             if response.status_code < 500 and response.status_code not in (408, 429):
-                raise SearchServerError(f"{self.url} refused the request: {problem}")
-        raise SearchServerError(
-            f"{self.url} gave no answer in {self.attempts} attempts; the last failed with {problem}"
-        )
+                break
+        return response
+
+
+def _refusal(url: str, response: httpx.Response) -> SearchServerError:
+    return SearchServerError(f"{url} refused the request: status {response.status_code}: {response.text[:300]}")
 
 
 def page_id_of(image_file: str) -> str:
-    """The page id in an `image_file`: its name without `.jpg`.
+    """The page id in an `image_file`, a path or URL: its last part without the suffix of an image.
 
-    >>> page_id_of("./search_engine/corpus/img/2023.acl-long_4.jpg")
-    '2023.acl-long_4'
+    >>> page_id_of("./search_engine/corpus/img/2023.acl-long_4.jpg"), page_id_of("D:\\\\img\\\\deck_5.PNG")
+    ('2023.acl-long_4', 'deck_5')
     >>> page_id_of("http://localhost:8002/image/annual%20report_12")
     'annual report_12'
     """
-    if image_file.startswith(("http://", "https://")):
-        return unquote(urlsplit(image_file).path.rsplit("/", 1)[-1])
-    return image_file.replace("\\", "/").rsplit("/", 1)[-1].removesuffix(".jpg")
+    if "://" in image_file:
+        name = unquote(urlsplit(image_file).path.rsplit("/", 1)[-1])
+    else:
+        name = image_file.replace("\\", "/").rsplit("/", 1)[-1]
+    return name[: name.rindex(".")] if name.lower().endswith(IMAGE_SUFFIXES) else name
 
 
 def _chunks(queries: Sequence[str]) -> Iterator[list[str]]:
