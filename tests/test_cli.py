@@ -88,6 +88,7 @@ def test_config_says_whose_settings_it_shows(capsys):
         (["evaluate", "--judge-url", "http://host/v1"], "--judge-url has no use without --judge-model"),
         (["evaluate", "--judge-protocol", "paper"], "--judge-protocol has no use without --judge-model"),
         (["synthesize", "--judge-protocol", "vidorag"], "--judge-protocol has no use without --judge-model"),
+        (["grpo", "model", "--judge-key-env", "MY_KEY"], "--judge-key-env has no use without --judge-model"),
         (["grpo", "model", "--judge-url", "http://host/v1"], "--judge-url has no use without --judge-model"),
         (["evaluate", "--judge-model", "m", "--judge-url", "http://a:b@host/v1"], "--judge-url holds a user name"),
         (["evaluate", "--judge-model", "m", "--judge-url", "host:8000/v1"], "--judge-url is no address"),
@@ -157,8 +158,8 @@ def test_a_job_that_a_scheduler_ends_keeps_what_is_finished(monkeypatch, capsys)
 
 
 def test_what_servers_and_files_are_called_cannot_steer_the_terminal(monkeypatch, capsys):
-    code = "import logging, sys; from vrag_lib.cli import main\n"
-    code += "import vrag_lib.ask as a; a.ask = lambda *given: logging.getLogger('x').warning('left out: \\x1b[2Jb.pdf')\n"
+    code = "import logging; from vrag_lib import ask; from vrag_lib.cli import main\n"
+    code += "ask.ask = lambda *given: logging.getLogger('x').warning('left out: \\x1b[2Jb.pdf')\n"
     code += "main(['ask', 'documents', 'who?'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "WARNING: left out: ⟨U+001B⟩[2Jb.pdf" in done.stderr and "\x1b" not in done.stderr

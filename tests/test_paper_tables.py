@@ -150,6 +150,8 @@ def test_pairs_share_questions_and_seeds():
     assert difference(three, two, "accuracy").mean == 100
     with pytest.raises(ValueError, match="share no seed"):
         difference(three, two.assign(seed=two["seed"] + 5), "accuracy")
+    found = effects({"vrag_rl": three, "no_kl": two}, [Effect("e", "vrag_rl", "no_kl", "")])
+    assert found["seeds"].item() == "2 / 2"  # what the number stands on, not what there is
 
 
 def test_correction_decides_the_verdict():
@@ -173,6 +175,9 @@ def test_what_an_effect_rests_on():
     assert basis(first, Effect("", "vrag_rl", "search_r1", "", element="text"), "agrees") == "built in"
     assert basis(first, Effect("", "react", "react_text", ""), "disagrees") == "built in"
     assert basis(first, Effect("", "search_r1", "react", ""), "not resolved") == "both at the bottom"
+    texts = Effect("", "react", "react_text", "")
+    assert basis(first, texts, "not resolved", {"react", "react_text"}) == "both at the bottom"
+    assert basis(first, texts, "agrees", {"react_text"}) == "built in"
     assert basis(first, Effect("", "vrag_rl", "react", "", column="first_gold"), "agrees") == "measured"
     assert basis(first, Effect("", "vrag_rl", "react", "", by_design=True), "disagrees") == "by design"
     assert basis(first, Effect("", "vrag_rl", "vrag_answer_only", ""), "agrees") == "measured"

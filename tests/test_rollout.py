@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import metadata
+
 import pytest
 from helpers import FailingRetriever, FakeCorpus, FakeRetriever
 
@@ -69,6 +71,11 @@ def test_the_record_holds_the_tokens_as_sampled_and_inserted():
     inserted = [t for t, s in zip(tokens.token_ids, tokens.sampled, strict=True) if not s]
     assert "".join(map(chr, inserted)).replace("\0", "") == "".join(t.text for t in record.turns if t.role == "user")
     assert inserted.count(0) == 2 == len(record.images)
+
+
+def test_the_record_says_which_versions_made_it():
+    record = run(TokenPolicy(SCRIPT), QUESTIONS[:1])[0]
+    assert record.versions["torch"] == metadata.version("torch") and "python" in record.versions
 
 
 def test_a_policy_that_changes_recorded_tokens_is_caught():

@@ -28,6 +28,9 @@ LESS_IS_BETTER = ("invalid_rate", "invalid", "noise_pages", "tokens_sampled", "s
 
 COLUMNS = {
     "accuracy": ("judge", None, 100),
+    "exact": ("exact", None, 100),
+    "f1": ("f1", None, 100),
+    "anls": ("anls", None, 100),
     "finish_rate": ("answered", None, 100),
     "invalid_rate": ("invalid", "replies", 100),
     "first_gold": ("first_gold", None, 100),

@@ -12,7 +12,7 @@ one that does not by construction. An agent that says the same to every question
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from vrag_lib.matrix_cells import CELLS
@@ -145,12 +145,12 @@ def illegible(first: pd.DataFrame, kind: str = "") -> bool:
     return bool(first.set_index("cell").loc["gold_pages", f"{kind or 'overall'}_high"] < FLOOR)
 
 
-def basis(first: pd.DataFrame, effect: Effect, verdict: str) -> str:
+def basis(first: pd.DataFrame, effect: Effect, verdict: str, bottom: Collection[str] = ()) -> str:
     """What an effect rests on: it is `measured`; or `by_design`; or, being one on answers where whole pages are
     `illegible`, it is `built in`, because one of the two agents is shown images and cannot crop, or has `both at the
-    bottom`, because neither can. Empty where the effect is not measured.
+    bottom`, because neither can, or neither answers anything. Empty where the effect is not measured.
 
-    first: Table 1. verdict: of `effects`.
+    first: Table 1. verdict: of `effects`. bottom: cells whose answers are right in less than FLOOR %.
     """
     if verdict == "not measured":
         return ""
@@ -158,16 +158,24 @@ def basis(first: pd.DataFrame, effect: Effect, verdict: str) -> str:
         return "by design"
     agents = [CELLS[name].find_agent() for name in (effect.a, effect.b)]
     blind = [agent.observation == "image" and not agent.allow_crop for agent in agents]
-    if effect.column != "accuracy" or not any(blind) or not illegible(first, effect.element):
+    if effect.column != "accuracy":
+        return "measured"
+    if {effect.a, effect.b} <= set(bottom):
+        return "both at the bottom"
+    if not any(blind) or not illegible(first, effect.element):
         return "measured"
     return "both at the bottom" if all(blind) else "built in"
 
 
 def _compared(rows: Rows, effect: Effect) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The rows of both cells; of SFT, beside the RL that went on from it, those of the trainings that it began with,
-    where that is recorded."""
+    where that is recorded; of two that were trained several times, those of the seeds they share."""
     a, b = rows[effect.a], rows[effect.b]
-    return _begun_with(a, effect.a, b, effect.b), _begun_with(b, effect.b, a, effect.a)
+    a, b = _begun_with(a, effect.a, b, effect.b), _begun_with(b, effect.b, a, effect.a)
+    shared = set(a["seed"]) & set(b["seed"])
+    if shared and min(a["seed"].nunique(), b["seed"].nunique()) > 1:
+        a, b = a[a["seed"].isin(shared)], b[b["seed"].isin(shared)]
+    return a, b
 
 
 def _begun_with(frame: pd.DataFrame, name: str, other: pd.DataFrame, other_name: str) -> pd.DataFrame:

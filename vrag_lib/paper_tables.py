@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from vrag_lib.agents import VANILLA_PAGES
 from vrag_lib.matrix_cells import CELLS, CONTEXT_PAGES
 from vrag_lib.paper_columns import ELEMENT_KINDS, TYPES, answers, interval, select
-from vrag_lib.paper_effects import COLLAPSE, MEASURED, basis, effects
+from vrag_lib.paper_effects import COLLAPSE, FLOOR, MEASURED, basis, effects
 from vrag_lib.paper_numbers import (
     ABLATIONS,
     EFFECTS,
@@ -54,8 +54,11 @@ SUMMARY = ("sft", "retrieval_only", "vrag_answer_only", "vrag_rl", "gold_regions
 def make_tables(rows: Rows) -> dict[str, pd.DataFrame]:
     """Every table by its name. Cells that are not there are left out; a table without any row is empty."""
     first, claimed, unclaimed = table_1(rows), effects(rows, EFFECTS), effects(rows, ABLATIONS)
+    cells = cells_table(rows)
+    bottom = set() if cells.empty else set(cells.loc[cells["accuracy_high"] < FLOOR, "cell"])
     for table, wanted in ((claimed, EFFECTS), (unclaimed, ABLATIONS)):
-        table["basis"] = [basis(first, effect, found) for effect, found in zip(wanted, table["verdict"], strict=True)]
+        verdicts = zip(wanted, table["verdict"], strict=True)
+        table["basis"] = [basis(first, effect, found, bottom) for effect, found in verdicts]
     return {
         "summary": summary(rows),
         "table_1": first,
@@ -67,7 +70,7 @@ def make_tables(rows: Rows) -> dict[str, pd.DataFrame]:
         "figure_6": figure_6(rows),
         "effects": claimed,
         "ablations": unclaimed.sort_values("column", key=lambda names: names.map(list(MEASURED).index), kind="stable"),
-        "cells": cells_table(rows),
+        "cells": cells,
     }
 
 
@@ -116,14 +119,16 @@ def summary(rows: Rows) -> pd.DataFrame:
 
 
 def table_1(rows: Rows) -> pd.DataFrame:
-    """Accuracy by method and kind of question, %; what is answered most often; the overall accuracy of the paper and of
-    the re-run, and the paper's by kind (`paper_<kind>`)."""
+    """Accuracy by method and kind of question, %; metrics of the text beside it; what is answered most often; the
+    overall accuracy of the paper and of the re-run, and the paper's by kind (`paper_<kind>`)."""
     table = []
     for cell in (name for name in METHODS if name in rows):
         row = {"cell": cell, "about": CELLS[cell].about, **_counts(rows[cell])}
         row |= _with_limits("overall", interval(rows[cell], "accuracy"))
         for kind in TYPES:
             row |= _with_limits(kind, interval(rows[cell], "accuracy", kind))
+        for column in ("exact", "f1", "anls"):
+            row |= _with_limits(column, interval(rows[cell], column))
         row |= _with_limits("crops", interval(rows[cell], "crops")) | answers(rows[cell])
         name, big, small = PAPER_OVERALL.get(cell, ("", math.nan, math.nan))
         slides, vidoseek = SCORE_OVERALL.get(cell, (math.nan, math.nan))
@@ -232,16 +237,9 @@ def figure_6(rows: Rows) -> pd.DataFrame:
 def cells_table(rows: Rows) -> pd.DataFrame:
     """Every cell that was run: what it is, its main numbers, and what it answers most often."""
     columns = [
-        "accuracy",
-        "finish_rate",
-        "invalid_rate",
-        "ndcg",
-        "gold_recall",
-        "turns",
-        "searches",
-        "crops",
-        "crop_iou",
-    ]
+        "accuracy", "exact", "f1", "anls", "finish_rate", "invalid_rate", "ndcg", "gold_recall", "turns", "searches",
+        "crops", "crop_iou",
+    ]  # fmt: skip
     return _table(
         [_measured(rows, cell, columns) | answers(rows[cell]) | {"chain": CELLS[cell].chain} for cell in rows]
     )

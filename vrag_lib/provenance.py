@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import shlex
@@ -22,15 +23,17 @@ def provenance(seed: int | None = None) -> dict[str, Any]:
         "command": shlex.join([Path(sys.argv[0]).name or "python", *sys.argv[1:]]),
         "seed": seed,
         "commit": _git_commit(),
-        "versions": {"python": platform.python_version(), **_versions(_RECORDED)},
+        "versions": dict(versions()),
         "hardware": {"cpus": os.cpu_count(), "machine": platform.machine(), "processor": _processor()},
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
-def _versions(names: tuple[str, ...]) -> dict[str, str]:
-    found = {}
-    for name in names:
+@functools.cache
+def versions() -> dict[str, str]:
+    """Python's version and those of the packages that results depend on, where they are installed."""
+    found = {"python": platform.python_version()}
+    for name in _RECORDED:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -270,11 +270,13 @@ def _titled(
 
 
 def _table_1(table: pd.DataFrame) -> str:
-    head = ("cell", "", "overall", *TYPES, "no answer", "crops", *ANSWERS, "seeds", "paper 7B / 3B",
+    metrics = {"exact": "exact match", "f1": "F1", "anls": "ANLS"}
+    head = ("cell", "", "overall", *TYPES, *metrics.values(), "no answer", "crops", *ANSWERS, "seeds", "paper 7B / 3B",
             "SCORE SlideVQA / ViDoSeek")  # fmt: skip
     return _titled("**Table 1.** Accuracy, % [95 %].", table, head, lambda row: (
         f"`{row['cell']}`", row["about"], _cell(row, "overall"), *(_cell(row, kind) for kind in TYPES),
-        f"{row['failed']} / {row['trajectories']}", _cell(row, "crops"), *_answers(row), row["seeds"],
+        *(_cell(row, metric) for metric in metrics), f"{row['failed']} / {row['trajectories']}", _cell(row, "crops"),
+        *_answers(row), row["seeds"],
         _two(row["paper_7b"], row["paper_3b"]), _two(row["score_slidevqa"], row["score_vidoseek"]),
     ))  # fmt: skip
 

@@ -17,6 +17,7 @@ from vrag_lib.config import EnvironmentConfig
 from vrag_lib.corpus import Corpus, Question
 from vrag_lib.environment import Environment, Observation
 from vrag_lib.policy import Policy, Reply
+from vrag_lib.provenance import versions
 from vrag_lib.retrieval import Hit, Retriever
 from vrag_lib.trajectory import ImageRef, StopReason, Trajectory, Turn, clean_text
 
@@ -218,4 +219,5 @@ def _record(run: _Running, policy: str, run_id: str, preset: str) -> Trajectory:
         gold_page_ids=run.question.gold_page_ids,
         timings=run.timings,
         error=run.error,
+        versions=dict(versions()),
     )
