@@ -99,9 +99,10 @@ def send(data: bytes | str, status: int = 200, headers: dict | None = None) -> C
     return behave
 
 
-def say(text: object, finish: str = "stop", **choice: object) -> Callable:
-    message = {"role": "assistant", "content": text}
-    return send(json.dumps({"choices": [{"message": message, "finish_reason": finish} | choice]}))
+def say(text: object, finish: str | None = "stop", message: dict | None = None, **choice: object) -> Callable:
+    """message: more fields of it."""
+    said = {"role": "assistant", "content": text} | (message or {})
+    return send(json.dumps({"choices": [{"message": said, "finish_reason": finish} | choice]}))
 
 
 TINY_TIMEOUTS = {"read_timeout": 0.25, "total_timeout": 0.4}

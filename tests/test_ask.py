@@ -23,6 +23,7 @@ def documents(tmp_path, monkeypatch):
     [
         (["--policy", "oracle"], "policy.kind is one of extractive, transformers, openai, not 'oracle'"),
         (["--policy", "openai"], "policy.kind=openai needs policy.base_url="),
+        (["--policy", "openai", "--model", "m"], "policy.kind=openai needs policy.base_url="),
         (["--policy", "transformers"], "policy.kind=transformers needs policy.model="),
         (["--retriever", "magic"], "retrieval.kind is one of text, bm25, dense, visual, remote, not 'magic'"),
         (["--retriever", "remote"], "retrieval.kind=remote needs retrieval.url="),

@@ -1,4 +1,5 @@
-"""The commands of the experiment: adapters are merged, and a judge that answers nothing is no success."""
+"""The commands of the experiment: adapters are merged; a judge that answers nothing is no success, and it
+gets no other server's key."""
 
 from __future__ import annotations
 
@@ -10,7 +11,9 @@ from chat_server import running_server, say, send
 from pdf_files import words_pdf
 from tiny_agent import random_checkpoint
 
-from vrag_lib.cli import main
+from vrag_lib.cli import build_parser, main
+from vrag_lib.cli_experiments import _judge
+from vrag_lib.config import ConfigError, load_config
 from vrag_lib.factory import scale_policy
 from vrag_lib.torch_setup import ensure_torchvision
 from vrag_lib.training import lora_config
@@ -107,3 +110,34 @@ def test_an_evaluation_that_the_judge_did_not_judge_is_no_success(tmp_path, monk
             assert said in shown.err if said else "verdict" not in shown.err
             assert "percent, 95 % intervals" in shown.out
     assert len(server.requests) == 1  # the other verdict was kept
+
+
+def test_a_judge_on_another_server_does_not_get_the_policys_key(monkeypatch):
+    monkeypatch.setenv("POLICY_KEY", "of-the-policy")
+    monkeypatch.setenv("JUDGE_KEY", "of-the-judge")
+    with running_server() as server:
+        server.behaviours = [say("<judge>True</judge>")]
+        other = server.url.replace("127.0.0.1", "localhost")
+
+        def key_sent(base_url: str, *options: str) -> str | None:
+            """What the judge's server gets."""
+            command = ["evaluate", "--judge-model", "judge", *options]
+            config = load_config("laptop", [f"policy.base_url={base_url}", "policy.api_key_env=POLICY_KEY"])
+            judge = _judge(build_parser().parse_args(command), config)
+            judge._endpoint._cache = None
+            judge("q?", "12", "12")
+            return server.headers[-1].get("Authorization")
+
+        assert key_sent(server.url) == "Bearer of-the-policy"
+        assert key_sent(server.url, "--judge-url", server.url.upper().replace("V1", "v1")) == "Bearer of-the-policy"
+        assert key_sent("", "--judge-url", server.url) == "Bearer of-the-policy"
+        assert key_sent("http://host/v1", "--judge-url", server.url) is None
+        assert key_sent(server.url, "--judge-url", other) is None
+        assert key_sent(server.url, "--judge-url", other, "--judge-key-env", "JUDGE_KEY") == "Bearer of-the-judge"
+        assert key_sent(server.url, "--judge-key-env", "JUDGE_KEY") == "Bearer of-the-judge"
+        assert key_sent(server.url, "--judge-key-env", "") is None
+        with pytest.raises(ConfigError, match="--judge-key-env names an environment variable that is not set"):
+            key_sent(server.url, "--judge-key-env", "NO_SUCH_KEY")
+        with pytest.raises(ConfigError, match="--judge-key-env is the name of an environment variable") as error:
+            key_sent(server.url, "--judge-key-env", "gsk_AbCdEf12")
+        assert "gsk_" not in str(error.value)

@@ -71,6 +71,33 @@ def test_wrong_presets_and_keys_are_named_with_the_remedy(preset, override, mess
         load_config(preset, override)
 
 
+@pytest.mark.parametrize(
+    "key",
+    [
+        "gsk_AbCdEf",
+        "hf_abcdefghij0123456789",
+        "r8_Ab1",
+        "sk_live_51AbCdEf",
+        "AIzaSyA1b2C3d4E5f6G7h8I9j0",
+        "a1b2c3d4e5f60718293a4b5c6d7e8f90",
+        "Ab1_Cd2_Ef3_Gh4_Ij5_Kl6",
+    ],
+)
+def test_a_key_in_place_of_its_variable_is_refused_without_repeating_it(key):
+    with pytest.raises(ConfigError, match=r"policy\.api_key_env is the name of an environment variable") as error:
+        load_config("laptop", [f"policy.api_key_env={key}"])
+    assert key not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["OPENAI_API_KEY", "HF_TOKEN", "hf_token", "sk_key_2", "openai_key", "MY_KEY_2", "MyKey2", "Key", "",
+     "openrouter_key_of_the_second_account_2", "AZURE_OPENAI_API_KEY_EASTUS2", "_KEY"],
+)  # fmt: skip
+def test_the_name_of_a_variable_is_none(name):
+    assert load_config("laptop", [f"policy.api_key_env={name}"]).policy.api_key_env == name
+
+
 @pytest.mark.parametrize("name", ["policy.base_url", "retrieval.url"])
 @pytest.mark.parametrize(
     "url, message",

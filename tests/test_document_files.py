@@ -38,7 +38,7 @@ def test_what_usually_lies_beside_documents_is_passed_over(tmp_path: Path, caplo
         ("b/r.pdf", ["a/r.pdf", "b/r.pdf"], ["b/r.pdf"]),
         ("b\\r.pdf", ["a/r.pdf", "b/r.pdf"], ["b/r.pdf"]),
         ("./b/r", ["a/r.pdf", "b/r.pdf"], ["b/r.pdf"]),
-        ("/home/me/b/r.pdf", ["a/r.pdf", "b/r.pdf"], ["b/r.pdf"]),
+        ("/disk/me/b/r.pdf", ["a/r.pdf", "b/r.pdf"], ["b/r.pdf"]),
         ("b/r.pdf", ["r.pdf", "2020/b/r.pdf"], ["2020/b/r.pdf"]),
         ("b/r.pdf", ["b/r.pdf", "2020/b/r.pdf"], ["b/r.pdf"]),
         ("r.pdf", ["r.pdf", "b/r.pdf"], ["r.pdf"]),

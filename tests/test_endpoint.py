@@ -3,9 +3,16 @@ they matter, in the tests of the policy, the grounding expert and the judge."""
 
 from __future__ import annotations
 
+import asyncio
 import json
+import signal
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -125,6 +132,31 @@ def test_a_damaged_file_is_asked_again_and_written_anew(server, cached, tmp_path
     assert cached().ask([request()]) == ["two"] and cached().ask([request()]) == ["two"]
 
 
+def test_thoughts_are_kept_and_replies_from_before_they_were_are_found(server, cached, tmp_path):
+    server.behaviours = [say("yes", message={"reasoning_content": f"why not, {SECRET}?"})]
+    ask = [Request(request().messages, lambda completion: (completion.text, completion.thoughts))]
+    assert cached().ask(ask) == cached().ask(ask) == [("yes", "why not, [key]?")]
+    (file,) = files(tmp_path)
+    file.write_text(json.dumps({"text": "old", "finish_reason": "stop", "end_of_turn": False}))
+    assert cached().ask(ask) == [("old", "")] and len(server.requests) == 1
+
+
+def test_a_reply_that_is_cut_before_its_result_says_so_and_is_not_asked_again(server, cached, tmp_path):
+    def read(completion: Completion) -> str:
+        if completion.text != "yes":
+            raise EndpointError("bad_verdict", "no yes")
+        return completion.text
+
+    server.behaviours = [say("", "length"), say("yes", "length")]
+    endpoint = cached(max_reply_tokens=77)
+    (failed,) = endpoint.ask([Request(request().messages, read)])
+    assert failed.kind == "length" and "max_reply_tokens=77 (raise it, or let the model think less): no yes" in str(
+        failed
+    )
+    assert len(server.requests) == 1 and not files(tmp_path)
+    assert endpoint.ask([Request(request().messages, read)]) == ["yes"]
+
+
 def test_a_folder_that_cannot_be_written_costs_no_reply(server, cached, tmp_path):
     (tmp_path / "file").write_text("in the way")
     server.behaviours = [say("paid for")]
@@ -142,6 +174,7 @@ def test_the_folder_of_the_project_is_the_default_choice(server, tmp_path, monke
         "text": "x",
         "finish_reason": "stop",
         "end_of_turn": False,
+        "thoughts": "",
     }
 
 
@@ -207,6 +240,63 @@ def test_usage_counts_from_several_threads():
     for thread in threads:
         thread.join()
     assert usage.requests == 2000 and usage.failures == {"server": 2000}
+
+
+def slowly(handler: BaseHTTPRequestHandler, body: dict) -> None:
+    time.sleep(0.1)
+    say("yes")(handler, body)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_limit_holds_across_threads_and_for_endpoints_that_share_it(server, cached, shared):
+    server.behaviours = [slowly]
+    if shared:
+        limit = asyncio.Semaphore(2)
+        endpoints = [cached(cache=None, concurrency=limit) for _ in range(4)]
+    else:
+        endpoints = [cached(cache=None, concurrency=2)] * 4
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda endpoint: endpoint.ask([request()] * 3), endpoints))
+    assert found == [["yes"] * 3] * 4 and server.most_at_once == 2
+
+
+def test_an_error_of_the_reader_is_passed_on_and_stops_the_others(server, cached):
+    def read(completion: Completion) -> str:
+        raise ZeroDivisionError
+
+    server.behaviours = [slowly]
+    with pytest.raises(ZeroDivisionError):
+        cached(concurrency=1).ask([Request(request().messages, read), *map(request, "abcdef")])
+    time.sleep(0.3)
+    assert len(server.requests) <= 2
+
+
+INTERRUPTED = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from vrag_lib.judge_openai import OpenAIJudge
+judge = OpenAIJudge(sys.argv[1], "tiny", cache=sys.argv[2], concurrency=2)
+try:
+    judge.many([("q?", "12", str(i)) for i in range(100)])
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_an_interrupt_stops_what_is_queued_and_keeps_what_has_come(server, tmp_path):
+    def judge(handler: BaseHTTPRequestHandler, body: dict) -> None:
+        time.sleep(0.1)
+        say("<judge>True</judge>")(handler, body)
+
+    server.behaviours = [judge]
+    command = [sys.executable, "-c", INTERRUPTED, server.url, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as asking:
+        while len(server.requests) < 8 and asking.poll() is None:
+            time.sleep(0.01)
+        asking.send_signal(signal.SIGINT)
+        said = asking.communicate(timeout=60)[0]
+    assert said == "interrupted\n" and asking.returncode == 0
+    assert len(server.requests) <= 50 and 4 <= len(files(tmp_path)) < len(server.requests)
 
 
 def test_nothing_asked_nothing_sent(server, cached):

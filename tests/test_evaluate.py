@@ -125,6 +125,11 @@ def test_what_failed_is_wrong_and_shown(script, retriever, reason):
     assert ("the search server is away" in found["error"]) == (reason == "error")
 
 
+def test_what_failed_counts_in_the_accuracy():
+    table = summarise(rows([("a", 1), ("b", 0)], answered=[True, False], failed=[False, True])).iloc[0]
+    assert (table["accuracy"], table["accuracy_gated"], table["n"], table["failed"]) == (0.5, 0.0, 2, 1)
+
+
 def test_a_question_without_gold_pages_has_no_retrieval_score():
     found = row(GOOD, Question("q1", "what?", NOT_ANSWERABLE), metrics=("mmlongbench", "evisrag_em"))
     assert math.isnan(found["ndcg"]) and math.isnan(found["gold_recall"]) and math.isnan(found["gold_page_seen"])

@@ -134,6 +134,21 @@ def test_a_box_is_checked(server, make, numbers, box):
         assert len(server.requests) == 1
 
 
+@pytest.mark.parametrize(
+    "reply",
+    [
+        say("<think>[1, 1, 2, 2]? No.</think>[5, 10, 60, 70]"),
+        say("[5, 10, 60, 70]", message={"reasoning_content": "[1, 1, 2, 2]? No."}),
+    ],
+)
+def test_a_box_inside_the_thinking_is_not_the_answer(server, make, reply):
+    server.behaviours = [reply, say("<think>[1, 1, 2, 2]?", "length")]
+    grounder = make()
+    assert grounder.locate([ASKED]) == [LOCATED]
+    (located,) = grounder.locate([ASKED])
+    assert located.box is None and located.error.startswith("length: the reply was cut at max_reply_tokens=2048")
+
+
 def test_thousandths(server, make):
     server.behaviours = [say("[0, 500, 500, 1000]")]
     (located,) = make(coordinates="thousandths").locate([ASKED])

@@ -50,8 +50,9 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def rolled() -> list[Trajectory]:
-    """Two trajectories of each question, with no, one, two and three images, sampled at temperature 0.7."""
-    policy = ForcedPolicy(random_policy(), by_question, temperature=0.7)
+    """Two trajectories of each question, with no, one, two and three images, sampled at temperature 0.7; in single
+    letters, so that their text would be encoded as other tokens."""
+    policy = ForcedPolicy(random_policy(), by_question, letters=True, temperature=0.7)
     questions = [question for question in QUESTIONS for _ in range(2)]
     return [score(t) for t in rollout(policy, questions, corpus(), retriever(), ENVIRONMENT)]
 
@@ -113,6 +114,7 @@ def test_the_mask_covers_exactly_the_sampled_tokens(policy, rolled):
         example = example_of(policy, trajectory)
         trained = [example.context.token_ids[p] for p in example.positions]
         assert trained == [token for reply in trajectory.replies for token in reply.token_ids]
+        assert all(list(reply.token_ids) != policy.tokenizer.encode(reply.text) for reply in trajectory.replies)
         assert policy.tokenizer.decode(trained) == "".join(reply.text for reply in trajectory.replies)
         assert not set(policy.suppressed_token_ids) & set(trained)
 

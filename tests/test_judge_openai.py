@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler
 
@@ -67,6 +68,7 @@ def by_answer(behaviours: dict[str, Callable]) -> Callable:
 def test_one_greedy_request_in_the_papers_protocol(server, make):
     server.behaviours = [say(f"It says the same. {RIGHT}")]
     assert make()("How many?", "12", "twelve") is True
+    assert server.headers[0]["Authorization"] == f"Bearer {SECRET}"
     sent = server.requests[0]
     assert sent["temperature"] == 0 and sent["model"] == "tiny" and "seed" not in sent and len(sent["messages"]) == 1
     text = sent["messages"][0]["content"]
@@ -88,6 +90,9 @@ def test_one_greedy_request_in_the_papers_protocol(server, make):
         ("<judge>untrue</judge>", None),
         (f'The answer claims "{RIGHT}", but {WRONG}', None),
         ("<judge>" * 5000, None),
+        (f"<think>perhaps {WRONG}?</think>\n{RIGHT}", True),
+        (f"perhaps {RIGHT}?</think>\n{WRONG}", False),
+        (f"<think>perhaps {RIGHT}", None),
     ],
 )
 def test_a_verdict_is_read_strictly(reply, verdict):
@@ -135,6 +140,15 @@ def test_a_judge_without_a_verdict_is_asked_again(server, make):
     judge = make()
     assert judge("q?", "12", "12") is True
     assert judge.usage.failures == {"bad_verdict": 1, "server": 1} and not judge.usage.given_up
+
+
+@pytest.mark.parametrize("cut", [say("<think>Let me compare" * 20, "length"), say(None, "length")])
+def test_a_judge_that_is_cut_while_it_thinks_names_the_length_and_is_not_asked_again(server, make, caplog, cut):
+    server.behaviours = [cut]
+    judge = make()
+    assert judge.many([("q?", "12", "12")]) == [None] and len(server.requests) == 1
+    assert server.requests[0]["max_tokens"] == 2048
+    assert "length: the reply was cut at max_reply_tokens=2048 (raise it, or let the model think less)" in caplog.text
 
 
 def test_a_single_call_raises_rather_than_give_a_zero(server, make):
@@ -193,12 +207,18 @@ def test_an_answer_with_four_points_passes_and_its_points_are_kept(server, score
     items = [("q?", "12", answer) for answer in (*replies, " ", "x" * 500)]
     assert judge.many(items) == [True, True, False, False, None, None, None, None, False, False]
     assert judge.scores == dict(zip(items, (5, 4, 3, 1), strict=False))
-    assert judge.usage.given_up == {"bad_verdict": 3, "server": 1} and len(server.requests) == len(replies)
+    assert judge.usage.given_up == {"bad_verdict": 2, "length": 1, "server": 1} and len(server.requests) == len(replies)
     again = score(max_retries=0, cache=tmp_path)
     assert again("q?", "12", "4") is True and again.scores == {items[1]: 4} and len(server.requests) == len(replies)
+    assert score(max_retries=0, cache=tmp_path, least=5).many(items[:2]) == [True, False]
     with pytest.raises(JudgeError, match="server: HTTP 500"):
         again("q?", "12", "broken")
     assert "ViDoRAGJudge" in repr(judge) and SECRET not in repr(judge) and judge.name == "vidorag:tiny"
+
+
+def test_points_are_read_after_the_thinking(server, score):
+    server.behaviours = [say("<think>2 of 2 are named, so 1? No.</think>\n5\nthe same")]
+    assert score()("q?", "12", "12") is True
 
 
 def test_the_points_are_asked_for_first_and_an_answer_is_data(server, score):
@@ -225,6 +245,28 @@ def test_the_points_stand_in_the_rows_of_an_evaluation(server, score):
     frame = evaluate_trajectories(ended, questions, score(max_retries=0))
     assert frame["judge_score"].tolist()[:2] == [4, 2] and frame["judge_score"].isna().tolist()[2:] == [True, True]
     assert frame["judge"].tolist()[:2] == [1, 0] and math.isnan(frame["judge"][2]) and frame["judge"][3] == 0
+
+
+def verdicts_in_time(judge: OpenAIJudge) -> list[bool | None]:
+    """Asked in a thread, so that a judge that asks for ever fails instead of hanging."""
+    found: list[bool | None] = []
+    asking = threading.Thread(target=lambda: found.extend(judge.many([("q?", "12", "13")])), daemon=True)
+    asking.start()
+    asking.join(20)
+    assert not asking.is_alive()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "kind"), [(send("oops", 500), "server"), (say("as right as can be"), "bad_verdict")]
+)
+def test_a_judge_that_never_gives_a_verdict_is_asked_three_times(server, make, score, behaviour, kind):
+    server.behaviours = [behaviour]
+    for build in (make, score):
+        server.requests.clear()
+        judge = build(max_retries=2)
+        assert verdicts_in_time(judge) == [None] and len(server.requests) == 3
+        assert judge.usage.failures == {kind: 3} and judge.usage.given_up == {kind: 1}
 
 
 ATTACKS = [

@@ -78,6 +78,24 @@ def test_both_engines_give_what_the_model_gives_page_by_page(model, pages, nativ
         assert np.allclose(batched[page_id], byaldi[page_id], atol=0.02)
 
 
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_models_are_loaded_on_the_device_that_is_asked_for(model, monkeypatch, has_gpu):
+    """Trap S10: meta is a device that every machine has and that nobody would write into the code."""
+    from byaldi import RAGMultiModalModel
+
+    load, asked = RAGMultiModalModel.from_pretrained, []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr(
+        RAGMultiModalModel,
+        "from_pretrained",
+        lambda source, device, **settings: asked.append(device) or load(source, device="cpu", **settings),
+    )
+    for device in ("auto", "meta"):
+        load_encoder(model, "byaldi", device)
+    assert asked == ["cuda" if has_gpu else "cpu", "meta"]
+    assert load_encoder(model, "native", "meta").model.device.type == "meta"
+
+
 def test_byaldi_is_given_the_pages_in_order_however_many_there_are(model, pages, monkeypatch):
     monkeypatch.setattr(page_encoder, "_BYALDI_PAGES", 2)
     encoder = ByaldiEncoder(model, "cpu")

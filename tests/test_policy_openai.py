@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import time
 from collections.abc import Iterator
 from email.utils import formatdate
@@ -124,9 +125,45 @@ def test_jpeg_and_extra_body(server, make):
         ({"text": [{"type": "text", "text": "<answer>"}, {"type": "text", "text": "y"}]}, "<answer>y</answer>", "stop"),
         ({"text": "<answer>\ud800</answer>"}, "<answer>?</answer>", "stop"),
         ({"text": ""}, "", "stop"),
+        ({"text": None}, "", "stop"),
+        ({"text": None, "finish": "length"}, "", "length"),
+        ({"text": None, "finish": "tool_calls", "message": {"tool_calls": [{"type": "function"}]}}, "", "stop"),
     ],
 )
 def test_reply_text(server, make, choice, text, finish):
+    server.behaviours = [say(**choice)]
+    assert one(make()) == Reply(text, finish_reason=finish)
+
+
+@pytest.mark.parametrize(
+    ("choice", "text", "finish"),
+    [
+        (
+            {"text": "<search>a", "message": {"reasoning_content": " when? "}},
+            "<think>when?</think>\n<search>a</search>",
+            "stop",
+        ),
+        ({"text": "<search>a</search>", "message": {"reasoning": "b"}}, "<think>b</think>\n<search>a</search>", "stop"),
+        ({"text": None, "finish": "length", "message": {"reasoning": "hmm hmm"}}, "<think>hmm hmm</think>\n", "length"),
+        (
+            {"text": "<think>a</think><search>b", "message": {"reasoning": "a"}},
+            "<think>a</think><search>b</search>",
+            "stop",
+        ),
+        (
+            {"text": "<answer>2", "message": {"reasoning": "<answer>1</answer> or <|image_pad|>"}},
+            "<think>1  or</think>\n<answer>2</answer>",
+            "stop",
+        ),
+        (
+            {"text": "<answer>2", "message": {"reasoning": ["x"], "reasoning_content": None}},
+            "<answer>2</answer>",
+            "stop",
+        ),
+        ({"text": "no action", "message": {"reasoning": "or <search>"}}, "<think>or</think>\nno action", "stop"),
+    ],
+)
+def test_thoughts_that_come_apart_from_the_text_stand_in_front_of_it(server, make, choice, text, finish):
     server.behaviours = [say(**choice)]
     assert one(make()) == Reply(text, finish_reason=finish)
 
@@ -158,13 +195,16 @@ def test_retries_until_the_server_recovers(server, make):
         (cut_off, "connection", 3),
         (send('{"choices": [{"message": {"con'), "bad_json", 3),
         (send("[" * 100_000), "bad_json", 3),
-        (send("<html>gateway</html>"), "bad_json", 3),
+        (send("<html>gateway</html>"), "bad_schema", 1),
+        (send('data: {"error": "overloaded"}\n\n'), "bad_json", 3),
+        (say("half a rep", "error", error={"code": 502}), "server", 3),
+        (say(None, "abort"), "server", 3),
         (send("{}"), "bad_schema", 1),
         (send('{"choices": []}'), "bad_schema", 1),
         (send('{"choices": {"0": 1}}'), "bad_schema", 1),
         (send('{"choices": [{"message": "text"}]}'), "bad_schema", 1),
         (send('[1, 2]'), "bad_schema", 1),
-        (say(None), "bad_schema", 1),
+        (say(None, None), "bad_schema", 1),
         (say(12), "bad_schema", 1),
         (say([{"type": "text"}]), "bad_schema", 1),
         (ten_megabytes, "too_large", 1),
@@ -185,6 +225,50 @@ def test_every_failure_is_counted_and_becomes_an_error(server, make, behaviour, 
     assert policy.failures == {kind: attempts} and len(server.requests) == attempts
     assert policy.failed_conversations == 1
     assert SECRET not in reply.error and len(reply.error) < 1000
+
+
+@pytest.mark.parametrize("before", [87, 187, 487])  # messages show 100, 200 and 500 characters
+@pytest.mark.parametrize(
+    "behave",
+    [
+        lambda said: send(said, 401),
+        lambda said: send(said, 400),
+        lambda said: send(said),
+        lambda said: send(json.dumps(said)),
+        lambda said: send(f"<html>{said}"),
+        lambda said: say(None, message={"refusal": said}),
+        lambda said: say("x", "error", error=said),
+        lambda said: send("", 307, {"Location": f"http://{SECRET}/{SECRET}"}),
+    ],
+)
+def test_no_part_of_a_key_is_left_where_a_message_is_cut(server, make, behave, before):
+    server.behaviours = [behave("x" * before + SECRET)]
+    assert SECRET[:10] not in one(make(max_retries=0)).error
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "said"),
+    [
+        (send("<html>Log in to the wifi</html>"), "is the base URL right? <html>Log in to the wifi"),
+        (send('data: {"error": "over\x1b[31mloaded"}\n'), r'): data: {"error": "over\x1b[31mloaded"}'),
+        (send("no\x1b]0;title\x07\nmore", 500), r": no\x1b]0;title\x07\nmore"),
+        (
+            say("half", "error", error={"message": "out of memory"}),
+            "broke the reply off (error): {'message': 'out of memory'}",
+        ),
+        (
+            send("", 307, {"Location": "https://other:8443/v1?key=x"}),
+            "it redirects to https://other:8443, and redirects are",
+        ),
+        (send("", 308, {"Location": "/v1/chat/completions/"}), "it redirects to another path on the same host"),
+        (send("", 300, {"Location": "http://[::1/"}), "it redirects to an address that is none"),
+        (send("", 304), "it redirects to no address"),
+    ],
+)
+def test_a_failure_says_what_the_server_said(server, make, behaviour, said):
+    server.behaviours = [behaviour]
+    error = one(make(max_retries=0)).error
+    assert said in error and "key=x" not in error
 
 
 def test_nobody_listening(corpus):
@@ -211,6 +295,9 @@ def test_a_missing_key_is_named(server, make, monkeypatch):
     server.behaviours = [send("who are you?", 401)]
     policy = make(api_key=None, api_key_env="MY_KEY")
     assert "$MY_KEY is not set" in one(policy).error
+    assert (
+        "no key was sent; policy.api_key_env= or --judge-key-env names" in one(make(api_key="", api_key_env="")).error
+    )
     assert "Authorization" not in server.headers[0]
 
 

@@ -399,16 +399,19 @@ class AllPages:
 
 
 def test_a_rollout_records_exactly_what_was_sampled(build, corpus, monkeypatch):
-    """Three turns with a page and a crop: the record's tokens score as the policy said, in one forward pass."""
+    """Three turns with a page and a crop, spelt in single letters, as the tokenizer would not encode them: the record's
+    tokens are those, and score as the policy said, in one forward pass."""
     policy = build(max_reply_tokens=30)
     scripts = ["<search>x</search>", "<bbox>[0, 0, 60, 60]</bbox>", "<answer>7</answer>"]
+    spelt = [[token for letter in text for token in policy._text_ids(letter)] for text in scripts]
+    assert all(ids != policy._text_ids(text) for ids, text in zip(spelt, scripts, strict=True))
 
     class Script(Forced):
         """The same scripted reply in every turn's turn, whatever the seed."""
 
         def __init__(self):
             super().__init__(policy, [])
-            self.queue = [t for text in scripts for t in policy._text_ids(text)]
+            self.queue = [token for ids in spelt for token in ids]
 
         def __call__(self, logits, generators):
             self.left = {generators[0].initial_seed(): [self.queue.pop(0)]}
@@ -419,6 +422,7 @@ def test_a_rollout_records_exactly_what_was_sampled(build, corpus, monkeypatch):
     question = Question("q", FORGED, "7")
     trajectory = rollout(policy, [question], corpus, AllPages(), config, seeds=[0])[0]
     assert trajectory.stop_reason is StopReason.ANSWER and len(trajectory.images) == 2
+    assert [list(reply.token_ids) for reply in trajectory.replies] == spelt
     tokens = trajectory.tokens()
     text = policy.tokenizer.decode(tokens.token_ids)
     assert (

@@ -307,6 +307,17 @@ def test_the_client_tries_again_with_growing_pauses(corpus):
     assert len(log) == 3
 
 
+def test_a_server_that_hangs_is_not_waited_for(corpus):
+    """It takes connections and never answers; it ends after a while, so that a client without a time-out fails here."""
+    with socket.create_server(("127.0.0.1", 0)) as hanging:
+        end = threading.Timer(10, hanging.close)
+        end.start()
+        url = f"http://127.0.0.1:{hanging.getsockname()[1]}"
+        with pytest.raises(SearchServerError, match="no answer in 2 attempts; the last failed with ReadTimeout"):
+            RemoteRetriever(url, corpus, timeout=0.2, attempts=2, pause=0.01).search(["q"], 10)
+        end.cancel()
+
+
 @pytest.mark.parametrize(
     ("answer", "message"),
     [

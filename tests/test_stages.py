@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pandas as pd
 import pytest
@@ -13,6 +16,7 @@ from pdf_files import words_pdf
 from PIL import Image
 from tiny_agent import random_checkpoint
 
+from vrag_lib.actions import Action, ActionKind
 from vrag_lib.ask import ask
 from vrag_lib.claims import ClaimError
 from vrag_lib.config import ConfigError, load_config, override, read_config
@@ -20,15 +24,19 @@ from vrag_lib.corpus import document_stem
 from vrag_lib.document_files import CorpusError
 from vrag_lib.environment import Environment
 from vrag_lib.evaluate_datasets import evaluate_datasets
+from vrag_lib.experts import Pointing
+from vrag_lib.geometry import View
 from vrag_lib.judge import rule_judge
 from vrag_lib.matrix_training import Workbench
 from vrag_lib.policy import ScriptedPolicy
 from vrag_lib.policy_transformers import CheckpointError, TransformersPolicy
+from vrag_lib.rewards import RewardRecipe
 from vrag_lib.stages import (
     collection,
     find_cold_start,
     fine_tune,
     make_expert_policy,
+    make_experts,
     reinforce,
     sft_folder,
     synthesize,
@@ -37,7 +45,7 @@ from vrag_lib.stages import (
 from vrag_lib.synthesis import SynthesisError
 from vrag_lib.torch_setup import ensure_torchvision
 from vrag_lib.training import lora_config
-from vrag_lib.trajectory import read_trajectories
+from vrag_lib.trajectory import ImageRef, Turn, read_trajectories
 
 
 def config_of(results, *overrides):
@@ -78,6 +86,22 @@ def test_cold_start_and_reinforcement_learning_share_no_document(made):
     uids = {q["uid"] for q in (stored if isinstance(stored, list) else stored["examples"])}
     assert uids == {q.uid for q in for_rl}
     assert {t.question_id for t in read_trajectories(folder / "trajectories.parquet")} <= {q.uid for q in cold_start}
+
+
+def test_a_search_of_the_synthesis_shows_the_page_that_ranks_first_gold_or_not(made):
+    """Trap T20: a gold page that was found further down is not shown first."""
+    config, train, folder = made
+    assert not config.synthesis.oracle_pages
+    passed_over = 0
+    for sample in [t for path in folder.glob("samples/*/*.parquet") for t in read_trajectories(path)]:
+        shown = [(turn.action, sample.turns[i + 1].images) for i, turn in enumerate(sample.turns[:-1]) if turn.action]
+        action, images = next((a, found) for a, found in shown if a.kind == "search" and found)
+        hits = train.retriever.search([action.argument], config.environment.search_depth)[0]
+        assert images[0].page_id == hits[0].page_id
+        passed_over += hits[0].page_id not in sample.gold_page_ids and any(
+            hit.page_id in sample.gold_page_ids for hit in hits
+        )
+    assert passed_over
 
 
 def test_another_judge_may_choose(made):
@@ -218,6 +242,65 @@ def test_wrong_settings_are_named(made, tmp_path, override, message):
     _, train, _ = made
     with pytest.raises(ConfigError, match=message):
         make_expert_policy(config_of(tmp_path, override), train.questions, train.corpus)
+
+
+def test_in_the_released_codes_variant_the_grounding_model_replies_after_a_search(
+    made, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("VRAG_CACHE", str(tmp_path))
+    _, train, _ = made
+    with running_server() as server:
+        server.behaviours = [lambda handler, body: say(f"<answer>{body['model']}</answer>")(handler, body)]
+        settings = ["experts=openai", "planner=planner", "grounder=grounder", "variant=next_reply"]
+        config = config_of(tmp_path, f"policy.base_url={server.url}", *(f"synthesis.{text}" for text in settings))
+        policy = make_expert_policy(config, train.questions, train.corpus)
+        first = [Turn("user", "q?")]
+        searched = Turn("assistant", "<search>a</search>", action=Action(ActionKind.SEARCH, "a"))
+        page = train.corpus.pages[0]
+        shown = Turn("user", "", (ImageRef(page.id, View.of_page(page.size, 256 * 784, 512 * 784)),))
+        replies = policy.generate([first, [*first, searched, shown]], seeds=[0, 1])
+    assert [reply.text for reply in replies] == ["<answer>planner</answer>", "<answer>grounder</answer>"]
+
+
+@pytest.mark.parametrize("weights", ["0.5,0.5", "a,b,c", "0.5,0.6,0", "1.2,-0.2,0"])
+def test_weights_of_a_reward_that_are_none_are_named(made, tmp_path, weights):
+    _, train, _ = made
+    with pytest.raises(ConfigError, match=r"grpo\.recipe: .*" + re.escape(weights)):
+        reinforce(config_of(tmp_path, f"grpo.recipe={weights}"), checkpoint_in(tmp_path), train)
+
+
+def test_a_reward_of_free_weights(made, tmp_path, monkeypatch):
+    _, train, _ = made
+    found = []
+    monkeypatch.setattr("vrag_lib.grpo.train_grpo", lambda *given, reward, **named: found.append(reward) or given[5])
+    folder = reinforce(config_of(tmp_path, "grpo.recipe=0.5,0.4,0.1"), checkpoint_in(tmp_path), train)
+    assert found[0].recipe == RewardRecipe(0.5, 0.4, 0.1) and folder.name == "0.5,0.4,0.1_seed_0"
+
+
+def test_experts_ask_no_more_at_once_than_the_concurrency(made, tmp_path, monkeypatch):
+    """In all: planner and grounding expert together, from however many threads."""
+    monkeypatch.setenv("VRAG_CACHE", str(tmp_path))
+    _, train, _ = made
+    with running_server() as server:
+
+        def slowly(handler, body):
+            time.sleep(0.1)
+            (say("[5, 10, 60, 70]") if body["model"] == "grounder" else say("<answer>1</answer>"))(handler, body)
+
+        server.behaviours = [slowly]
+        settings = ["experts=openai", "planner=planner", "grounder=grounder", "concurrency=2"]
+        config = config_of(tmp_path, f"policy.base_url={server.url}", *(f"synthesis.{text}" for text in settings))
+        planner, grounder = make_experts(config, train.questions, train.corpus)
+        page = train.corpus.pages[0]
+        box = Pointing("q?", "there", ImageRef(page.id, View.of_page(page.size, 256 * 784, 512 * 784)), None)
+        conversations = [[Turn("user", f"{number}?")] for number in range(3)]
+        with ThreadPoolExecutor(4) as pool:
+            asked = [pool.submit(planner.generate, conversations, seeds=[i, i, i]) for i in range(3)]
+            asked += [pool.submit(grounder.locate, [dataclasses.replace(box, question=f"{i}?")]) for i in range(3)]
+            assert not any(future.result()[0].error for future in asked)
+        assert server.most_at_once == 2 and len(server.requests) == 12
+        with pytest.raises(ConfigError, match=r"synthesis\.concurrency is at least 1, not 0"):
+            make_experts(override(config, ["synthesis.concurrency=0"]), train.questions, train.corpus)
 
 
 def test_the_cold_start_found_is_finished_of_this_seed_and_on_the_most_trajectories(tmp_path):

@@ -188,6 +188,20 @@ def test_an_endpoint_that_is_away_is_not_asked_to_the_end(tmp_path, monkeypatch,
     run(tmp_path / "page", SeededPolicy(failing=("0", "1"), error="image: damaged"), batch_size=1)  # nothing is away
 
 
+def test_an_interrupt_stops_all_threads_at_their_next_reply(tmp_path):
+    class Slow(SeededPolicy):
+        def generate(self, conversations, *, seeds=None):
+            if self.replies == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)
+            return super().generate(conversations, seeds=seeds)
+
+    policy = Slow()
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, policy, batch_size=1, workers=2)
+    assert policy.replies <= 6  # of 30: one more in each thread
+
+
 def test_what_ended_is_on_disk_soon_even_if_nothing_ends_after_it(tmp_path, monkeypatch):
     monkeypatch.setattr(synthesis, "SAVE_SECONDS", 0.2)
     seen = []

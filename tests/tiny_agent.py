@@ -115,15 +115,26 @@ def random_policy() -> TransformersPolicy:
 
 class ForcedPolicy(TransformersPolicy):
     """Draws the tokens that `script` (conversation, seed -> reply) spells, one by one, in the real sampling loop: its
-    log-probs are the sampler's, whatever the model would rather have said."""
+    log-probs are the sampler's, whatever the model would rather have said. With `letters` every letter is a token of
+    its own, which is not how the tokenizer would encode the reply."""
 
-    def __init__(self, policy: TransformersPolicy, script: Callable[[Conversation, int], str], **settings: Any):
+    def __init__(
+        self,
+        policy: TransformersPolicy,
+        script: Callable[[Conversation, int], str],
+        letters: bool = False,
+        **settings: Any,
+    ):
         super().__init__(policy.model, policy.processor, corpus(), **{"max_reply_tokens": 64} | settings)
         self.script = script
+        self.letters = letters
 
     def generate(self, conversations: Sequence[Conversation], *, seeds: Sequence[int] | None = None) -> list[Reply]:
         replies = [self.script(c, s) for c, s in zip(conversations, seeds, strict=True)]
-        self.waiting = {s: self.tokenizer.encode(r) for s, r in zip(seeds, replies, strict=True)}
+        self.waiting = {
+            s: [t for piece in (r if self.letters else [r]) for t in self.tokenizer.encode(piece)]
+            for s, r in zip(seeds, replies, strict=True)
+        }
         return super().generate(conversations, seeds=seeds)
 
     def _draw(self, logits: torch.Tensor, generators: Sequence[torch.Generator]) -> tuple[torch.Tensor, torch.Tensor]:

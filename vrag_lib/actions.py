@@ -10,7 +10,8 @@ The paper's text calls the crop tag `region`, its prompt and code `bbox`; it is 
 
 Deviations from the released code: a reply ends at its first closing action tag, so nothing after it is ever read
 (trap T5); the text is never rewritten (T2); messages to the model hold no parsable action, so none of them can
-earn a reward (T3).
+earn a reward (T3). Boxes with negative numbers or their corners the other way round are invalid there; here they are
+cut at the image and turned round (`geometry`), so fewer replies count as invalid.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -16,8 +17,8 @@ from vrag_lib.cli_options import (
     read_config,
     read_policy_config,
 )
-from vrag_lib.config import Config, cache_dir
-from vrag_lib.settings import KEY_REMEDY, check_url
+from vrag_lib.config import Config, ConfigError, cache_dir
+from vrag_lib.settings import check_key_name, check_url, same_server
 
 
 def _synthesize(commands) -> None:
@@ -25,7 +26,7 @@ def _synthesize(commands) -> None:
         from vrag_lib.stages import synthesize
 
         config = read_config(arguments, experiment=True)
-        folder = synthesize(config, judge=_judge(arguments, config))
+        folder = synthesize(config, judge=_judge(arguments, config, vidorag_least=5))
         print((folder / "README.md").read_text())
 
     what = "let experts write trajectories for the cold start, filter and balance them, export them"
@@ -104,7 +105,7 @@ def _evaluate(commands) -> None:
         if len(set(names)) < len(names):
             raise ValueError("a dataset is named twice: put its parts into one folder, or measure them one by one")
         find_agent(arguments.agent)
-        config = read_policy_config(arguments, experiment=names == ["minidocs"])
+        config = read_policy_config(arguments, {"policy.temperature": 0.0}, experiment=names == ["minidocs"])
         judge = _judge(arguments, config) or rule_judge
         require_policy(config)
         require_retriever(config)
@@ -120,7 +121,10 @@ def _evaluate(commands) -> None:
         print(f"percent, 95 % intervals over questions\n{shown}\nall columns  {out / 'summary.csv'}")
         return _report_unjudged(frame)
 
-    what = "measure an agent on benchmarks: minidocs, public ones (fetched once), or local copies"
+    what = (
+        "measure an agent on benchmarks: minidocs, public ones (fetched once), or local copies; replies are greedy, as "
+        "in the released code's validation, unless policy.temperature= says otherwise"
+    )
     parser = add_command(commands, "evaluate", run, what)
     datasets = "minidocs (default), slidevqa, vidoseek, mmlongbench_doc or unified; repeated: one merged corpus"
     parser.add_argument("--dataset", action="append", metavar="NAME", help=datasets)
@@ -146,8 +150,8 @@ def _report_unjudged(frame) -> int:
         return 0
     asked = [text for text in frame["answer"] if text.strip() and len(text) <= MAX_ANSWER_CHARS]
     print(
-        f"vrag evaluate: the judge gave no verdict on {unjudged} of {len(asked)} answers, which are left out of the "
-        "accuracy; the same command keeps trajectories and verdicts and asks for those that are missing",
+        f"vrag evaluate: the judge gave no verdict on {unjudged} of {len(asked)} answers, which count as the "
+        "mean of the others; the same command keeps trajectories and verdicts and asks for those that are missing",
         file=sys.stderr,
     )
     return 1 if unjudged >= len(asked) else 0
@@ -156,15 +160,26 @@ def _report_unjudged(frame) -> int:
 def _judge_options(parser) -> None:
     parser.add_argument("--judge-model", help="let this model behind an endpoint judge (default: the rule judge)")
     parser.add_argument("--judge-url", help="the judge's endpoint (default: the policy's)")
-    judges = "its question: right or wrong as in the paper (default), or ViDoRAG's 1 to 5 points, of which 4 are right"
+    judges = (
+        "its question: right or wrong as in the paper (default), or ViDoRAG's 1 to 5 points, of which 4 are right (in "
+        "synthesis 5)"
+    )
+    keys = (
+        "environment variable that holds the key of the judge's endpoint (default: policy.api_key_env, sent where "
+        "--judge-url is on the policy's server or the policy has no endpoint; no key to any other server)"
+    )
+    parser.add_argument("--judge-key-env", metavar="NAME", help=keys)
     parser.add_argument("--judge-protocol", choices=("paper", "vidorag"), help=judges)
 
 
-def _judge(arguments, config):
-    """The model that judges; None without --judge-model. Raises ValueError for options that do not make one."""
+def _judge(arguments, config, vidorag_least: int = 4):
+    """The model that judges; None without --judge-model. vidorag_least: points of ViDoRAG's protocol that are right.
+
+    Raises ValueError for options that do not make one.
+    """
     if not arguments.judge_model:
-        for option, value in (("--judge-url", arguments.judge_url), ("--judge-protocol", arguments.judge_protocol)):
-            if value is not None:
+        for option in ("--judge-url", "--judge-key-env", "--judge-protocol"):
+            if getattr(arguments, option[2:].replace("-", "_")) is not None:
                 raise ValueError(f"{option} has no use without --judge-model: leave it out, or name the judge's model")
         return None
     from vrag_lib.judge_openai import OpenAIJudge, ViDoRAGJudge
@@ -172,9 +187,23 @@ def _judge(arguments, config):
     url = arguments.judge_url or config.policy.base_url
     if not url:
         raise ValueError("--judge-model needs --judge-url, or policy.base_url= where the policy's endpoint judges too")
-    check_url("--judge-url", url, KEY_REMEDY)
-    judge = ViDoRAGJudge if arguments.judge_protocol == "vidorag" else OpenAIJudge
-    return judge(url, arguments.judge_model, api_key_env=config.policy.api_key_env)
+    check_url("--judge-url", url, "; --judge-key-env names the environment variable that holds a key")
+    key = _judge_key_env(arguments, config, url)
+    if arguments.judge_protocol == "vidorag":
+        return ViDoRAGJudge(url, arguments.judge_model, vidorag_least, api_key_env=key)
+    return OpenAIJudge(url, arguments.judge_model, api_key_env=key)
+
+
+def _judge_key_env(arguments, config, url: str) -> str:
+    """The variable that holds the judge's key, '' for none: the policy's key is not for other servers. Raises
+    ConfigError for a key in place of its variable, and for a variable that is not set."""
+    if arguments.judge_key_env is not None:
+        check_key_name("--judge-key-env", arguments.judge_key_env)
+        if arguments.judge_key_env and not os.environ.get(arguments.judge_key_env):
+            raise ConfigError("--judge-key-env names an environment variable that is not set: export the key first")
+        return arguments.judge_key_env
+    base = config.policy.base_url
+    return config.policy.api_key_env if not base or same_server(base, url) else ""
 
 
 def _minidocs(commands) -> None:

@@ -12,7 +12,6 @@ import dataclasses
 import difflib
 import json
 import os
-import re
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from typing import Any
 
 from vrag_lib.minidocs_documents import LEAST_TOKENS, PAGE_TOKENS, MiniDocsConfig
 from vrag_lib.provenance import provenance
-from vrag_lib.settings import KEY_REMEDY, ConfigError, check_settings, check_url, read_value, setting
+from vrag_lib.settings import KEY_REMEDY, ConfigError, check_key_name, check_settings, check_url, read_value, setting
 
 RETRIEVERS = ("text", "bm25", "dense", "visual", "remote")
 POLICIES = ("extractive", "transformers", "openai")
@@ -144,8 +143,7 @@ class PolicyConfig:
             raise ConfigError(f"policy.top_p is more than 0 and at most 1, not {self.top_p}")
         if self.base_url:
             check_url("policy.base_url", self.base_url, KEY_REMEDY)
-        if not re.fullmatch(r"[A-Za-z_]\w*|", self.api_key_env):  # not repeated: it may be the key
-            raise ConfigError("policy.api_key_env is the name of an environment variable, not what it holds")
+        check_key_name("policy.api_key_env", self.api_key_env)
 
 
 @dataclass(frozen=True)
@@ -154,7 +152,7 @@ class RolloutConfig:
 
     engine: str = setting("transformers", "transformers, or vllm (package of its own; paged, continuous batches)")
     merge_adapter: bool = setting(False, "vllm: send weights with LoRA added, not the adapter; faster on a CPU")
-    gpu_memory_utilization: float = setting(0.4, "vllm, GPU: share of the card's memory it may take, weights included")
+    gpu_memory_utilization: float = setting(0.4, "vllm, GPU: share of the card it takes, weights included (paper: 0.6)")
     sleep: bool = setting(True, "vllm, GPU: free its memory for the trainer between rollouts")
     enforce_eager: bool = setting(False, "vllm, GPU: no CUDA graphs: starts sooner, samples slower; always so on a CPU")
     cpu_cache_mib: int = setting(512, "vllm, CPU: memory for keys and values, MiB")
@@ -186,9 +184,7 @@ class SynthesisConfig:
     temperature: float = setting(1.0, "openai: sampling temperature of the planner")
     trajectories: int = setting(3000, "trajectories kept for SFT at most, after filters and balance")
     rl_questions: int = setting(2000, "questions set apart for reinforcement learning, of other documents")
-    documents: int = setting(
-        650, "MiniDocs training documents that both are drawn from; other datasets give all"
-    )
+    documents: int = setting(650, "MiniDocs training documents that both are drawn from; other datasets give all")
     concurrency: int = setting(8, "openai: requests under way at once")
     dataset: str | None = setting(None, "trained on: none (MiniDocs), slidevqa, vidoseek, mmlongbench_doc or unified")
     dataset_path: str | None = setting(None, "its folder of documents and questions; none: a public one is fetched")
@@ -221,11 +217,12 @@ class SFTConfig:
 class GRPOConfig:
     """Reinforcement learning; the defaults are the paper's (Table 6) or, where it is silent, the released script's.
 
-    Deviation: one optimizer step on all 160 trajectories of a rollout. The paper names a mini-batch of 64, the script
-    takes five steps on 32 each (`updates_per_step=5`), and groups are not split here.
+    Deviations: one optimizer step on all 160 trajectories of a rollout. The paper names a mini-batch of 64, the script
+    takes five steps on 32 each (`updates_per_step=5`), and groups are not split here. `micro_batch_size` is the
+    script's 1 (paper: 2), which changes no gradient.
     """
 
-    recipe: str = setting("paper", "reward: paper, paper_cold_start, released_code, ... (rewards.RECIPES)")
+    recipe: str = setting("paper", "reward: one of rewards.RECIPES, or weights of nDCG, answer, pattern: 0.2,0.8,0")
     steps: int = setting(62, "rollouts: each samples questions_per_step x group_size trajectories")
     questions_per_step: int = setting(32, "questions per rollout, over all processes")
     group_size: int = setting(5, "trajectories per question")
@@ -338,7 +335,10 @@ def _paper() -> Config:
     full = {"lora_rank": 0, "gradient_checkpointing": True}
     # All weights, gathered in float32 on every card for a rollout, leave an engine of vLLM's no room on 80 GB.
     rollout = RolloutConfig(engine="transformers")
-    return dataclasses.replace(one_card, rollout=rollout, sft=SFTConfig(**full), grpo=GRPOConfig(**full))
+    environment = dataclasses.replace(one_card.environment, max_invalid_streak=0)  # the released code has no such end
+    return dataclasses.replace(
+        one_card, environment=environment, rollout=rollout, sft=SFTConfig(**full), grpo=GRPOConfig(**full)
+    )
 
 
 def _gpu_3b() -> Config:

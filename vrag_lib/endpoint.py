@@ -8,14 +8,15 @@ again pays only for what it lacks.
 A failure's kind is one of these. The first six are tried again, after exponential back-off:
 
     rate_limit   429; waits as long as Retry-After says
-    server       5xx
+    server       5xx, or a reply that the server broke off
     timeout      no connection, no data or no end in time
     connection   refused, reset, cut off
     bad_json     the reply is not JSON, often because it was cut off
     bad_verdict  a judge's reply holds no verdict, or two that differ
     bad_box      a grounding expert's reply holds no box inside the image
-    bad_schema   JSON, but not a chat completion
+    bad_schema   JSON, but not a chat completion; or a web page
     too_large    the reply is longer than the cap
+    length       the reply was cut at `max_reply_tokens` before it said what was asked for
     refusal      the model or a filter refuses to answer
     overflow     the context is too long for the server
     image        a page image cannot be read
@@ -28,19 +29,15 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import email.utils
 import hashlib
 import io
 import json
-import math
 import os
 import random
 import re
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
@@ -48,6 +45,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from vrag_lib.config import cache_dir
+from vrag_lib.endpoint_reply import Completion, EndpointError, completion_of, http_failure, read_body
 from vrag_lib.rendering import read_json, write_atomically
 from vrag_lib.settings import check_url
 from vrag_lib.trajectory import ImageRef, clean_text
@@ -62,7 +60,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _TRIED_AGAIN = frozenset({"rate_limit", "server", "timeout", "connection", "bad_json", "bad_verdict"})
-_TOO_LONG = re.compile(r"context[ _]length|maximum context|too many (?:input )?tokens|longer than the maximum", re.I)
 _ENCODED_IMAGES = 64
 """Images kept encoded between calls, about 0.5 MB each: a conversation sends all of its images every turn."""
 
@@ -71,24 +68,6 @@ _LEAST_SECRET = 8
 
 Message = dict[str, Any]
 """One message of a request, as the server wants it."""
-
-
-class EndpointError(RuntimeError):
-    """A request without a result: its kind, what happened, and how long the server asks to wait."""
-
-    def __init__(self, kind: str, detail: str, wait_seconds: float = 0.0):
-        super().__init__(f"{kind}: {detail}")
-        self.kind, self.detail, self.wait_seconds = kind, detail, wait_seconds
-
-
-@dataclass(frozen=True)
-class Completion:
-    """The text of a reply. `finish_reason` is `stop` or `length`. `end_of_turn`: the server says that the model ended
-    its turn by itself, not at a stop string (vLLM tells; others do not, and then it is False)."""
-
-    text: str
-    finish_reason: str = "stop"
-    end_of_turn: bool = False
 
 
 @dataclass(frozen=True)
@@ -159,7 +138,7 @@ class Endpoint:
     extra_body: more fields of the request; None as a value removes a field (some models refuse `stop`, say).
     api_key, api_key_env: the key, or the name of the environment variable that holds it; without either no key is
         sent. It appears in no repr, error, reply or file.
-    concurrency: requests under way at once.
+    concurrency: requests under way at once, from whichever threads; a semaphore is a limit that endpoints share.
     connect_timeout, read_timeout, total_timeout: seconds to connect, between two pieces of data, for one attempt.
     max_retries: attempts after the first. backoff: seconds before the first retry, doubled each time, with jitter.
     max_wait: seconds; a server that asks to wait longer is not waited for.
@@ -186,7 +165,7 @@ class Endpoint:
         extra_body: Mapping[str, Any] | None = None,
         api_key: str | None = None,
         api_key_env: str = "OPENAI_API_KEY",
-        concurrency: int = 8,
+        concurrency: int | asyncio.Semaphore = 8,
         connect_timeout: float = 10.0,
         read_timeout: float = 120.0,
         total_timeout: float = 300.0,
@@ -210,7 +189,7 @@ class Endpoint:
             raise ValueError(f"the key (from the argument or ${api_key_env}) holds spaces or characters outside ASCII")
         self._settings = {"model": model, "temperature": temperature, "top_p": top_p, "max_tokens": max_reply_tokens}
         self._extra_body = dict(extra_body or {})
-        self._concurrency = concurrency
+        self._limit = concurrency if isinstance(concurrency, asyncio.Semaphore) else asyncio.Semaphore(concurrency)
         self._connect_timeout, self._read_timeout, self._total_timeout = connect_timeout, read_timeout, total_timeout
         self._max_retries, self._backoff, self._max_wait = max_retries, backoff, max_wait
         self._max_reply_bytes = max_reply_bytes
@@ -219,12 +198,18 @@ class Endpoint:
     def ask(self, requests: Sequence[Request[T]]) -> list[T | EndpointError]:
         """One result per request, in order; an EndpointError in its place where there is none.
 
-        Never raises for what a server does.
+        Never raises for what a server does. An interrupt cancels what is queued and under way, and is passed on;
+        replies that have come are kept.
         """
         if not requests:
             return []
-        with ThreadPoolExecutor(1) as executor:  # a thread of its own, because a notebook already runs an event loop
-            return executor.submit(asyncio.run, self._all(requests)).result()
+        with _starting:
+            loop = _loop(os.getpid())
+        work = asyncio.run_coroutine_threadsafe(self._all(requests), loop)
+        try:
+            return work.result()
+        finally:
+            work.cancel()  # does nothing to what is done
 
     async def _all(self, requests: Sequence[Request[T]]) -> list[T | EndpointError]:
         import httpx
@@ -233,16 +218,18 @@ class Endpoint:
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
         timeout = httpx.Timeout(self._read_timeout, connect=self._connect_timeout, pool=None)
-        limit = asyncio.Semaphore(self._concurrency)
         refused = asyncio.Event()  # set by the first wrong key: the server would say the same to all
         async with httpx.AsyncClient(headers=headers, timeout=timeout, verify=_tls()) as client:
-            return list(await asyncio.gather(*(self._one(client, limit, refused, request) for request in requests)))
+            tasks = [asyncio.ensure_future(self._one(client, refused, request)) for request in requests]
+            try:
+                return await asyncio.gather(*tasks)
+            finally:  # where one raises, the others must not go on by themselves
+                for task in tasks:
+                    task.cancel()
 
-    async def _one(
-        self, client: httpx.AsyncClient, limit: asyncio.Semaphore, refused: asyncio.Event, request: Request[T]
-    ) -> T | EndpointError:
+    async def _one(self, client: httpx.AsyncClient, refused: asyncio.Event, request: Request[T]) -> T | EndpointError:
         """One request: the kept reply, or attempts until one succeeds, fails for good, or the retries are used up."""
-        async with limit:
+        async with self._limit:
             try:
                 body, file = await asyncio.to_thread(self._body, request)
             except EndpointError as failure:
@@ -259,7 +246,7 @@ class Endpoint:
                 try:
                     self.usage.add(requests=1)
                     completion = await self._attempt(client, body)
-                    result = request.read(completion)
+                    result = self._result(request, completion)
                     self._keep(file, completion)
                     return result
                 except EndpointError as failure:
@@ -273,6 +260,18 @@ class Endpoint:
                 await asyncio.sleep(min(wait, self._max_wait))
                 attempt += 1
             return self._give_up(EndpointError("auth", "not sent, because the endpoint refused the key"), attempt)
+
+    def _result(self, request: Request[T], completion: Completion) -> T:
+        """What the request reads in the reply. Raises EndpointError as it does, and `length` where the reply was cut:
+        asked again, it would be as long, and has to be paid for."""
+        try:
+            return request.read(completion)
+        except EndpointError as failure:
+            if completion.finish_reason != "length":
+                raise
+            tokens = self._settings["max_tokens"]
+            what = f"the reply was cut at max_reply_tokens={tokens} (raise it, or let the model think less)"
+            raise EndpointError("length", f"{what}: {failure.detail}") from failure
 
     def _give_up(self, failure: EndpointError, attempts: int) -> EndpointError:
         self.usage.add(given_up=failure.kind)
@@ -325,47 +324,19 @@ class Endpoint:
         except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
             raise EndpointError("connection", f"{type(error).__name__} at {self.url}: {error}") from error
         if response.status_code != 200:
-            raise self._http_failure(response.status_code, response.headers, bytes(data))
-        return self._completion(bytes(data))
-
-    def _http_failure(self, status: int, headers: Mapping[str, str], data: bytes) -> EndpointError:
-        said = data[:2000].decode("utf-8", "replace").strip()
-        detail = f"HTTP {status} from {self.url}: {said[:500]}"
-        if status in (401, 403):
-            hint = "a key was sent" if self._key else f"no key was sent, ${self._key_env} is not set"
-            return EndpointError("auth", f"the endpoint refuses access ({hint}); {detail}")
-        if status in (408, 425):
-            return EndpointError("timeout", detail)
-        if status == 429 or status >= 500:
-            wait = _retry_after(headers.get("retry-after", ""))
-            return EndpointError("rate_limit" if status == 429 else "server", detail, wait)
-        if status in (400, 413, 422) and _TOO_LONG.search(said):
-            return EndpointError("overflow", detail)
-        return EndpointError("bad_request", detail)
-
-    def _completion(self, data: bytes) -> Completion:
-        """A chat completion; its tokens are counted. Raises EndpointError `bad_json`, `bad_schema` or `refusal`."""
-        try:
-            completion = json.loads(data)
-        except (ValueError, RecursionError) as error:
-            raise EndpointError("bad_json", f"the reply of {len(data)} bytes is not JSON: {error}") from error
-        try:
-            choice = completion["choices"][0]
-            message, reason = choice["message"], choice.get("finish_reason")
-            content, refusal = message.get("content"), message.get("refusal")
-            if isinstance(content, list):
-                content = "".join(part["text"] for part in content if part["type"] == "text")
-        except (KeyError, IndexError, TypeError, AttributeError) as error:
-            said = data[:200].decode("utf-8", "replace")
-            raise EndpointError("bad_schema", f"not a chat completion: {said}") from error
+            raise http_failure(
+                response.status_code, response.headers, bytes(data), self.url, self._key_hint(), self._hide
+            )
+        completion = read_body(bytes(data), self._hide)
         self._count_tokens(completion.get("usage"))
-        if refusal or reason == "content_filter":
-            raise EndpointError("refusal", str(refusal or "stopped by a content filter")[:500])
-        if not isinstance(content, str):
-            raise EndpointError("bad_schema", f"the message holds no text but {type(content).__name__}")
-        # vLLM tells in stop_reason which stop string it met, null for an end of turn; others do not tell.
-        ended = "stop_reason" in choice and not isinstance(choice["stop_reason"], str)
-        return Completion(self._hide(clean_text(content)), "length" if reason == "length" else "stop", ended)
+        return completion_of(completion, self._hide)
+
+    def _key_hint(self) -> str:
+        if self._key:
+            return "a key was sent"
+        if self._key_env:
+            return f"no key was sent, ${self._key_env} is not set"
+        return "no key was sent; policy.api_key_env= or --judge-key-env names the variable that holds it"
 
     def _count_tokens(self, usage: Any) -> None:
         told = usage if isinstance(usage, dict) else {}
@@ -376,6 +347,18 @@ class Endpoint:
             self.usage.add(without_usage=1)
 
 
+_starting = threading.Lock()
+
+
+@cache
+def _loop(process: int) -> asyncio.AbstractEventLoop:
+    """The event loop of all endpoints of a process (a forked one has its own), in a thread of its own: one loop, so
+    that a limit holds across threads; its own thread, because a notebook already runs a loop in the main one."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="endpoints", daemon=True).start()
+    return loop
+
+
 @cache
 def _tls() -> ssl.SSLContext:
     """Reading all certificates anew for each batch of requests would take longer than a local server's reply."""
@@ -384,7 +367,7 @@ def _tls() -> ssl.SSLContext:
     return httpx.create_ssl_context()
 
 
-_KEPT = ("text", "finish_reason", "end_of_turn")
+_KEPT = ("text", "finish_reason", "end_of_turn", "thoughts")
 
 
 def _read_kept(file: Path | None) -> Completion | None:
@@ -395,21 +378,12 @@ def _read_kept(file: Path | None) -> Completion | None:
         record = read_json(file)
     except (OSError, RecursionError):
         return None
-    if not isinstance(record, dict) or [type(record.get(name)) for name in _KEPT] != [str, str, bool]:
+    if not isinstance(record, dict):
+        return None
+    record = {"thoughts": ""} | record  # which earlier versions did not keep
+    if [type(record.get(name)) for name in _KEPT] != [str, str, bool, str]:
         return None
     return Completion(*(record[name] for name in _KEPT))
-
-
-def _retry_after(value: str) -> float:
-    """Seconds that a Retry-After header asks for, given in seconds or as a date; 0 for anything else."""
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        except (ValueError, OverflowError):
-            return 0.0
-    return max(0.0, seconds) if math.isfinite(seconds) else 0.0
 
 
 def image_parts(corpus: Corpus, image_format: str = "PNG") -> Callable[[ImageRef], Message]:

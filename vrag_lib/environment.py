@@ -5,7 +5,8 @@
 
 Deviations from the released code: one action per reply (trap T5); a crop is cut from the raw page through the view it
 was named on, so nested crops are right (T6); a search without a new page says so (T9); the last permitted reply is
-announced, in training and demo alike (T23); a retriever that fails ends this trajectory only (T22). Pages may be given
+announced, in training and demo alike (T23); a retriever that fails ends this trajectory only (T22);
+`max_invalid_streak` invalid replies in a row end a trajectory, but in preset `paper`, which goes on. Pages may be given
 with the question and shown as text, so that the paper's baselines (`agents`) live in this one environment.
 """
 

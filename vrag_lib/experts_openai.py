@@ -4,8 +4,8 @@ Qwen2.5-VL-72B).
 Deviations from the released code: the grounding expert is asked for one box, guided by the question and the planner's
 thought, as the paper has it (eq. 5); boxes are in pixels of the image as shown, whose sides are multiples of 28, so a
 Qwen2.5-VL server that is allowed such images does not resize them and its boxes need no conversion (trap T8); a box is
-checked before it is used. The planner's own box is not shown, lest the expert repeat it. The wording of all prompts is
-our own.
+checked before it is used. The planner's own box is not shown, lest the expert repeat it. A box inside the expert's
+thinking is not its answer. The wording of all prompts is our own.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vrag_lib.endpoint import Completion, Endpoint, EndpointError, Message, Request, Usage, image_parts, quote_data
+from vrag_lib.endpoint_reply import after_thinking
 from vrag_lib.experts import Located, Pointing, box_on_image
 from vrag_lib.geometry import Box, Size
 from vrag_lib.policy_openai import OpenAIPolicy
@@ -75,7 +76,7 @@ class OpenAIGrounder:
         model: str,
         *,
         temperature: float = 0.0,
-        max_reply_tokens: int = 512,
+        max_reply_tokens: int = 2048,
         coordinates: str = "pixels",
         image_format: str = "PNG",
         cache: str | Path | None = "auto",
@@ -133,7 +134,7 @@ class OpenAIGrounder:
 
     def _read(self, shown: Size, completion: Completion) -> Box:
         """Raises EndpointError `bad_box`."""
-        named = read_box(completion.text)
+        named = read_box(after_thinking(completion.text))
         if named is None:
             raise EndpointError("bad_box", f"no box of four numbers in {completion.text[:200]!r}")
         if self._thousandths:

@@ -8,9 +8,10 @@ Deviations from the released code. Retries are bounded and the format is the ser
 fails gives no verdict, which is counted, and never a 0 or a 1 that looks like one. What an answer says is data (T19):
 it stands in JSON whose escapes can close nothing and form no tag, the reminder of the task comes after it, answers
 above `judge.MAX_ANSWER_CHARS` are wrong unasked, and a reply in which two verdicts differ, as when the judge quotes
-one, is none. The released parser takes "True or False" for a True; here that is no verdict. Where a reply holds no
-score, ViDoRAG's evaluator asks again for ever; here that is a judge that fails, and tried again as often as any. That
-its score is the first digit, wherever it stands, is kept. The wording of the prompts is our own.
+one, is none. What a judge thinks before it answers is not read. The released parser takes "True or False" for a True;
+here that is no verdict. Where a reply holds no score, ViDoRAG's evaluator asks again for ever; here that is a judge
+that fails, and tried again as often as any. That its score is the first digit, wherever it stands after the thinking,
+is kept. The wording of the prompts is our own.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any
 
 from vrag_lib.answer_metrics import vidorag_passes, vidorag_score
 from vrag_lib.endpoint import Completion, Endpoint, EndpointError, Message, Request, Usage, quote_data
+from vrag_lib.endpoint_reply import after_thinking
 from vrag_lib.judge import MAX_ANSWER_CHARS, JudgeError
 
 logger = logging.getLogger(__name__)
@@ -76,7 +78,7 @@ class OpenAIJudge:
         base_url: str,
         model: str,
         *,
-        max_reply_tokens: int = 512,
+        max_reply_tokens: int = 2048,
         cache: str | Path | None = "auto",
         **endpoint: Any,
     ):
@@ -99,7 +101,10 @@ class OpenAIJudge:
         return verdict
 
     def many(self, items: Sequence[Item]) -> list[bool | None]:
-        """A verdict per item, in order, equal items asked once; None where the judge gave none, and a warning why."""
+        """A verdict per item, in order, equal items asked once; None where the judge gave none, and a warning why.
+
+        An interrupt stops the asking; verdicts that have come are kept.
+        """
         verdicts = self._verdicts(items)
         failures = [verdict for verdict in verdicts if isinstance(verdict, EndpointError)]
         if failures:
@@ -121,21 +126,22 @@ class OpenAIJudge:
 
 
 class ViDoRAGJudge(OpenAIJudge):
-    """ViDoRAG's evaluator as a `judge.Judge`: an answer with 4 or 5 of 5 points is right. Arguments as for OpenAIJudge.
+    """ViDoRAG's evaluator as a `judge.Judge`: an answer with `least` of 5 points or more is right, 4 as it counts them;
+    VRAG-RL's filter of training data wants 5. Other arguments as for OpenAIJudge.
 
     `scores` keeps the points of every item that was asked for; empty and overlong answers are wrong unasked and have
     none.
     """
 
-    def __init__(self, base_url: str, model: str, **settings: Any):
+    def __init__(self, base_url: str, model: str, least: int = 4, **settings: Any):
         super().__init__(base_url, model, **settings)
-        self.name = f"vidorag:{model}"
+        self.name, self.least = f"vidorag:{model}", least
         self.scores: dict[Item, int] = {}
 
     def _ask(self, items: Sequence[Item]) -> list[bool | EndpointError]:
         found = self._endpoint.ask([Request(partial(_score_messages, item), read_score) for item in items])
         self.scores |= {item: s for item, s in zip(items, found, strict=True) if not isinstance(s, EndpointError)}
-        return [score if isinstance(score, EndpointError) else vidorag_passes(str(score)) for score in found]
+        return [s if isinstance(s, EndpointError) else vidorag_passes(str(s), self.least) for s in found]
 
 
 def _messages(item: Item, task: str = _TASK, reminder: str = _REMINDER) -> list[Message]:
@@ -149,12 +155,13 @@ def _score_messages(item: Item) -> list[Message]:
 
 
 def read_verdict(completion: Completion) -> bool:
-    """The verdict of a judge's reply. Raises EndpointError `bad_verdict` for none, or two that differ.
+    """The verdict of a judge's reply, after its thinking. Raises EndpointError `bad_verdict` for none, or two that
+    differ.
 
     >>> read_verdict(Completion("Both say 12. <judge> True </judge>"))
     True
     """
-    said = {verdict.lower() for verdict in _VERDICT.findall(completion.text)}
+    said = {verdict.lower() for verdict in _VERDICT.findall(after_thinking(completion.text))}
     if len(said) != 1:
         problem = "two verdicts that differ" if said else "no verdict"
         raise EndpointError("bad_verdict", f"{problem} in {completion.text[-200:]!r}")
@@ -162,12 +169,12 @@ def read_verdict(completion: Completion) -> bool:
 
 
 def read_score(completion: Completion) -> int:
-    """The points of a ViDoRAG judge's reply. Raises EndpointError `bad_verdict` for none.
+    """The points of a ViDoRAG judge's reply, after its thinking. Raises EndpointError `bad_verdict` for none.
 
     >>> read_score(Completion("4\\nright, and one detail more"))
     4
     """
-    score = vidorag_score(completion.text)
+    score = vidorag_score(after_thinking(completion.text))
     if score is None:
         raise EndpointError("bad_verdict", f"no score from 1 to 5 in {completion.text[-200:]!r}")
     return score

@@ -2,7 +2,8 @@
 
 `endpoint` sends the requests: time-outs, retries, failures by kind, the cache and the costs are there. A conversation
 that fails becomes a reply with an error, so one bad request costs one trajectory. The reply is cut at its first closing
-action tag here as well, whatever the server does with stop strings (trap T5).
+action tag here as well, whatever the server does with stop strings (trap T5). Thoughts that the server sends apart from
+the text stand in front of it, as a model writes them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from vrag_lib.actions import STOP_STRINGS, cut_reply
+from vrag_lib.actions import STOP_STRINGS, cut_reply, without_tags
 from vrag_lib.endpoint import Completion, Endpoint, EndpointError, Message, Request, Usage, image_parts
 from vrag_lib.policy import Conversation, Reply
 from vrag_lib.trajectory import clean_text
@@ -107,9 +108,9 @@ class OpenAIPolicy:
 
 
 def _read_reply(completion: Completion) -> Reply:
-    if completion.finish_reason == "length":
-        return Reply(cut_reply(completion.text), finish_reason="length")
-    return Reply(cut_reply(completion.text if completion.end_of_turn else close_action(completion.text)))
+    is_whole = completion.finish_reason == "length" or completion.end_of_turn
+    text = cut_reply(completion.text if is_whole else close_action(completion.text))
+    return Reply(with_thoughts(text, completion.thoughts), finish_reason=completion.finish_reason)
 
 
 def _as_reply(result: Reply | EndpointError) -> Reply:
@@ -118,6 +119,19 @@ def _as_reply(result: Reply | EndpointError) -> Reply:
     if result.kind == "overflow":
         return Reply("", finish_reason="overflow")
     return Reply("", finish_reason="error", error=str(result))
+
+
+def with_thoughts(text: str, thoughts: str) -> str:
+    """A reply with the thoughts that came apart from it, unless it holds some itself. Their tags are left out: they
+    are part of no action.
+
+    >>> with_thoughts("<search>2019</search>", "The year? Perhaps <answer>3</answer>.")
+    '<think>The year? Perhaps  3 .</think>\\n<search>2019</search>'
+    """
+    thoughts = without_tags(thoughts).strip()
+    if not thoughts or "<think>" in text or "</think>" in text:
+        return text
+    return f"<think>{thoughts}</think>\n{text}"
 
 
 def close_action(text: str) -> str:

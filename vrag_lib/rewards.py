@@ -39,6 +39,28 @@ RECIPES = {
 }
 
 
+def find_recipe(name: str) -> RewardRecipe:
+    """One of RECIPES, or free weights of nDCG, answer and pattern, which add up to 1.
+
+    Raises ValueError for anything else.
+
+    >>> find_recipe("0.5, 0.4, 0.1")
+    RewardRecipe(retrieval=0.5, answer=0.4, pattern=0.1, gate=False)
+    """
+    if name in RECIPES:
+        return RECIPES[name]
+    try:
+        retrieval, answer, pattern = map(float, name.split(","))
+    except ValueError:
+        raise ValueError(
+            f"a reward is one of {', '.join(RECIPES)}, or three weights of nDCG, answer and pattern such as "
+            f"0.2,0.7,0.1, not {name!r}"
+        ) from None
+    if not (min(retrieval, answer, pattern) >= 0 and math.isclose(retrieval + answer + pattern, 1)):
+        raise ValueError(f"weights of a reward are 0 or more and add up to 1, not {name}")
+    return RewardRecipe(retrieval, answer, pattern)
+
+
 def ndcg(shown: Sequence[str], gold: Collection[str]) -> float:
     """nDCG of the pages in the order they were shown (eq. 7-9), in [0, 1]; 0 when no page is gold.
 

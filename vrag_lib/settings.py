@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -11,6 +12,14 @@ from urllib.parse import urlsplit
 
 KEY_REMEDY = "; a key is read from the environment variable that policy.api_key_env names"
 """What `check_url` adds for a model's endpoint."""
+
+_KEY = re.compile(
+    r"(?:sk|pk|gsk|csk|hf|r8|xai|tgp|fw|ghp|gho)_"  # as providers begin them
+    r"(?:(?=\w*[A-Z])(?=\w*[a-z0-9])\w+|(?=\w*\d)\w{12,})"
+    r"|(?=\w*\d)(?=\w*[a-z])(?=\w*[A-Z])\w{21,}"  # drawn at random
+    r"|(?=\w*\d)[A-Za-z0-9]{21,}"
+)
+"""What looks like a key, not like the name of a variable: OPENAI_API_KEY, hf_token and my_key_2 do not."""
 
 
 class ConfigError(ValueError):
@@ -44,6 +53,28 @@ def check_url(name: str, url: str, remedy: str = "") -> None:
         raise ConfigError(f"{name} is no address; one is written like http://localhost:8000, http:// or https:// first")
     if "@" in parts.netloc or parts.query or parts.fragment:
         raise ConfigError(f"{name} holds a user name, password or query: leave it out, results keep addresses{remedy}")
+
+
+def same_server(url: str, other: str) -> bool:
+    """Whether two addresses that `check_url` lets pass have one scheme, host and port.
+
+    >>> same_server("https://Host/v1", "https://host:443/api/v1"), same_server("http://host/v1", "https://host/v1")
+    (True, False)
+    """
+    ports = {"http": 80, "https": 443}
+    parts = [urlsplit(each) for each in (url, other)]
+    ours, theirs = ((p.scheme, p.hostname, p.port or ports[p.scheme]) for p in parts)
+    return ours == theirs
+
+
+def check_key_name(name: str, value: str) -> None:
+    """Raises ConfigError for what is no name of an environment variable, and for what looks like the key itself:
+    results keep the name. The message does not repeat it. Nothing is no name, and allowed."""
+    if not re.fullmatch(r"[A-Za-z_]\w*|", value) or _KEY.fullmatch(value):
+        raise ConfigError(
+            f"{name} is the name of an environment variable, not what it holds: put the key into one, such as "
+            "OPENAI_API_KEY, and name that"
+        )
 
 
 def read_value(value: str, kind: Any, key: str) -> Any:

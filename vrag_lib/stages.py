@@ -13,6 +13,7 @@ A stage reads what the one before it left in `results/<preset>/`, and goes on wh
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import functools
 import logging
@@ -144,7 +145,7 @@ def set_apart(config: Config, train: Collection) -> Collection:
 
 def check_experts(config: Config) -> None:
     """Raises ConfigError for an unknown `synthesis.experts`, for scripted ones on other documents than MiniDocs, and
-    where an endpoint or a model is missing."""
+    where an endpoint, a model or any request at once is missing."""
     settings = config.synthesis
     if settings.experts not in EXPERTS:
         raise ConfigError(f"synthesis.experts is one of {', '.join(EXPERTS)}, not {settings.experts!r}")
@@ -155,10 +156,13 @@ def check_experts(config: Config) -> None:
         )
     if settings.experts == "openai" and not (config.policy.base_url and settings.planner and settings.grounder):
         raise ConfigError("synthesis.experts=openai needs policy.base_url=, synthesis.planner= and synthesis.grounder=")
+    if settings.concurrency < 1:
+        raise ConfigError(f"synthesis.concurrency is at least 1, not {settings.concurrency}")
 
 
 def make_experts(config: Config, questions: Sequence[Question], corpus: Corpus) -> tuple[Policy, Any]:
-    """Planner and grounding expert as `synthesis.experts` names them. Raises ConfigError as `check_experts`."""
+    """Planner and grounding expert as `synthesis.experts` names them; the latter points, or writes whole replies where
+    `synthesis.variant` wants it to. Raises ConfigError as `check_experts`."""
     check_experts(config)
     settings = config.synthesis
     if settings.experts == "scripted":
@@ -167,22 +171,23 @@ def make_experts(config: Config, questions: Sequence[Question], corpus: Corpus) 
         return ScriptedPlanner(questions), ScriptedGrounder(questions)
     from vrag_lib.experts_openai import OpenAIGrounder, openai_planner
 
-    shared = {"api_key_env": config.policy.api_key_env, "concurrency": settings.concurrency}
-    planner = openai_planner(
-        corpus, config.policy.base_url, settings.planner, temperature=settings.temperature, **shared
+    # one limit for both, and for all threads of the synthesis
+    shared = {"api_key_env": config.policy.api_key_env, "concurrency": asyncio.Semaphore(settings.concurrency)}
+    writer = functools.partial(
+        openai_planner, corpus, config.policy.base_url, temperature=settings.temperature, **shared
     )
-    return planner, OpenAIGrounder(corpus, config.policy.base_url, settings.grounder, **shared)
+    if settings.variant in ("next_reply", "grounder"):
+        return writer(settings.planner), writer(settings.grounder)
+    return writer(settings.planner), OpenAIGrounder(corpus, config.policy.base_url, settings.grounder, **shared)
 
 
 def make_expert_policy(config: Config, questions: Sequence[Question], corpus: Corpus) -> Policy:
-    """The experts joined as `synthesis.variant` says. Raises ConfigError for an unknown variant, and for one that a
-    grounding expert which only points cannot play."""
+    """The experts joined as `synthesis.variant` says. Raises ConfigError for an unknown variant, else as
+    `check_experts`."""
     from vrag_lib.experts import MultiExpertPolicy, NextReplyPolicy
 
     planner, grounder = make_experts(config, questions, corpus)
     variant = config.synthesis.variant
-    if variant in ("next_reply", "grounder") and not isinstance(grounder, Policy):
-        raise ConfigError(f"synthesis.variant={variant} needs a grounding expert that writes replies")
     if variant == "relocate":
         return MultiExpertPolicy(planner, grounder, f"{planner.name} + {grounder.name}")
     if variant == "next_reply":
@@ -363,12 +368,14 @@ def reinforce(
     is not there, ClaimError for a folder in which something else was trained.
     """
     from vrag_lib.grpo import train_grpo
-    from vrag_lib.rewards import RECIPES, Scorer
+    from vrag_lib.rewards import Scorer, find_recipe
     from vrag_lib.training import check_checkpoint, use_own_card, whole_checkpoint
 
     use_own_card()
-    if config.grpo.recipe not in RECIPES:
-        raise ConfigError(f"grpo.recipe is one of {', '.join(RECIPES)}, not {config.grpo.recipe!r}")
+    try:
+        recipe = find_recipe(config.grpo.recipe)
+    except ValueError as error:
+        raise ConfigError(f"grpo.recipe: {error}") from error
     check_checkpoint(checkpoint)
     seed = config.seed if seed is None else seed
     folder = folder or config.folder("grpo") / f"{config.grpo.recipe}_seed_{seed}"
@@ -391,7 +398,7 @@ def reinforce(
         config.grpo,
         folder,
         environment=config.environment,
-        reward=Scorer(RECIPES[config.grpo.recipe], judge),
+        reward=Scorer(recipe, judge),
         sampler=make_sampler(checkpoint, apart.corpus, config),
         seed=seed,
         device=config.policy.device,

@@ -34,7 +34,7 @@ from tqdm import tqdm
 from vrag_lib.claims import alone_in, claim, text_fingerprint
 from vrag_lib.config import EnvironmentConfig
 from vrag_lib.corpus import Corpus, Question
-from vrag_lib.policy import Policy
+from vrag_lib.policy import Policy, Reply
 from vrag_lib.rendering import read_json
 from vrag_lib.retrieval import Retriever
 from vrag_lib.rollout import rollout, trajectory_id
@@ -143,10 +143,11 @@ def sample(
         },
     )
     tasks = _tasks(questions, samples_per_question, seed, run_id)
+    stop = threading.Event()
 
     def roll(wanted: Sequence[_Task], searched: Retriever, on_finished: Callable[[Trajectory], None]) -> None:
         rollout(
-            policy,
+            _Stoppable(policy, stop),
             [task.question for task in wanted],
             corpus,
             searched,
@@ -164,7 +165,7 @@ def sample(
             _Shard(folder / f"samples-{number:05d}.parquet", tasks[start : start + SHARD_SIZE])
             for number, start in enumerate(range(0, len(tasks), SHARD_SIZE))
         ]
-        _fill(shards, roll, retriever, workers, oracle, retry_errors)
+        _fill(shards, roll, retriever, workers, oracle, retry_errors, stop)
     trajectories = [trajectory for shard in shards for trajectory in shard.trajectories()]
     _report_errors(trajectories, folder)
     return trajectories
@@ -248,6 +249,18 @@ def _claim(folder: Path, settings: dict[str, Any]) -> None:
     claim(folder, settings, _SETTINGS, SynthesisError, _DROPPED)
 
 
+class _Stoppable:
+    """A policy that writes no further reply once `stop` is set: threads notice an interrupt only so."""
+
+    def __init__(self, policy: Policy, stop: threading.Event):
+        self.name, self._policy, self._stop = policy.name, policy, stop
+
+    def generate(self, conversations: Any, *, seeds: Sequence[int] | None = None) -> list[Reply]:
+        if self._stop.is_set():
+            raise InterruptedError("the sampling was stopped")
+        return self._policy.generate(conversations, seeds=seeds)
+
+
 class _Shard:
     """The trajectories of consecutive tasks and their file. One thread at a time fills it."""
 
@@ -301,8 +314,9 @@ def _fill(
     workers: int,
     oracle: bool,
     retry_errors: bool,
+    stop: threading.Event,
 ) -> None:
-    """Sample what the shards lack, `workers` of them at once."""
+    """Sample what the shards lack, `workers` of them at once; sets `stop` when it is interrupted or in vain."""
     total = sum(len(shard.tasks) for shard in shards)
     wanted = [(shard, shard.missing(retry_errors)) for shard in shards]
     wanted = [(shard, missing) for shard, missing in wanted if missing]
@@ -339,7 +353,9 @@ def _fill(
             try:
                 for future in as_completed(futures):
                     future.result()
-            except BaseException:  # also an interrupt: shards under way are finished, no other is begun
+            except BaseException as error:  # no other shard is begun; those under way are finished unless it is in vain
+                if isinstance(error, KeyboardInterrupt | SamplingError):
+                    stop.set()
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 

@@ -7,7 +7,8 @@
 Deviations from the released code: what a reply did is read from the record, so that a crop counts as following a page
 only if a page was shown right before it, not if "search" occurs somewhere in the text (trap T21); boxes are checked in
 the frame of the image they were named on, the one the policy will see in training (T8); near-duplicates are left out;
-balance, there a commented-out filter, is a draw. The paper gives no rule but "2-6 steps, types of action balanced".
+balance, there a commented-out filter, is a draw. The paper gives no rule but "2-6 steps, types of action balanced"; six
+replies do not occur where `environment.max_turns` is 5, as it is by default.
 """
 
 from __future__ import annotations
@@ -53,9 +54,7 @@ class FilterConfig:
 
     min_replies: int = setting(2, "fewest replies, the answer included (paper: 2)")
     max_replies: int = setting(6, "most replies, the answer included (paper: 6)")
-    min_box_side: float = setting(
-        14, "least side of a crop's box: one patch of the encoder, the least that is seen"
-    )
+    min_box_side: float = setting(14, "least side of a crop's box: one patch of the encoder, the least that is seen")
     max_box_iou: float = setting(0.9, "IoU of a crop's box with the whole image from which on it enlarges nothing")
     min_crop_pixels: int = setting(56 * 56, "least area of a crop as shown, pixels (released code, there of pages)")
     max_crop_pixels: int = setting(1280 * 28 * 28, "largest area of a crop as shown, pixels (released code, of pages)")
