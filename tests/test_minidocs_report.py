@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import asdict
 
 import pytest
 
@@ -38,6 +39,8 @@ def write_inputs(folder, crop: float, page: float):
 def test_rows_say_what_was_measured_and_whether_it_is_met(policy, tmp_path):
     write_inputs(tmp_path, crop=1.0, page=0.0)
     rows = report(policy, tmp_path / "test.json", tmp_path / "probes.csv", tmp_path / "out", docs=DOCS)
+    made = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert made["config"]["minidocs"] == asdict(DOCS.config) and made["provenance"]["versions"]["torch"]
     by_name = {row["measure"]: row for row in rows}
     assert by_name["value read from its gold region (tables and charts)"]["met"] == "yes"
     assert by_name["question as asked finds a gold page at rank 1"]["met"] == "yes"

@@ -12,9 +12,11 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from vrag_lib.claims import model_fingerprint
 from vrag_lib.geometry import render
 from vrag_lib.minidocs import MiniDocs, majority_accuracy
 from vrag_lib.minidocs_questions import MiniQuestion
@@ -98,7 +100,8 @@ def report(
     split: str = "test",
     documents: int | None = None,
 ) -> list[dict[str, Any]]:
-    """Write `hardness.csv` and `README.md` to `out` and return the rows: name, n, share, interval, target, met.
+    """Write `hardness.csv`, `README.md` and `config.json` to `out` and return the rows: name, n, share, interval,
+    target, met.
 
     retriever_summary: `test.json` of `evaluate_retriever`. probes: `perception_probes.csv` of `evaluate_policy`. Raises
     FileNotFoundError, naming the command that makes it, where one is missing.
@@ -124,7 +127,9 @@ def report(
             scores = [float(p["score"]) for p in asked if p["task"] == task and p["element"] in elements]
             rows.append(_of(task + suffix, scores))
     rows.append(_of("gold", measured["gold"]))
-    _write(Path(out), rows, split)
+    model = model_fingerprint(str(policy))
+    settings = {"minidocs": asdict(docs.config), "split": split, "documents": documents, "policy": model}
+    _write(Path(out), rows, split, settings)
     return rows
 
 
@@ -142,13 +147,15 @@ def _row(name: str, share: float, low: float, high: float, n: int) -> dict[str, 
     }  # fmt: skip
 
 
-def _write(out: Path, rows: Sequence[dict[str, Any]], split: str) -> None:
+def _write(out: Path, rows: Sequence[dict[str, Any]], split: str, settings: dict[str, Any]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     with (out / "hardness.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    made = provenance(0)
+    made = provenance(settings["minidocs"]["seed"])
+    described = {"config": settings, "provenance": made}
+    write_atomically(out / "config.json", (json.dumps(described, indent=1) + "\n").encode())
     lines = [
         f"# What makes MiniDocs hard ({split} split)",
         "",
