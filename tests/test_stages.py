@@ -244,9 +244,7 @@ def test_wrong_settings_are_named(made, tmp_path, override, message):
         make_expert_policy(config_of(tmp_path, override), train.questions, train.corpus)
 
 
-def test_in_the_released_codes_variant_the_grounding_model_replies_after_a_search(
-    made, tmp_path, monkeypatch
-):
+def test_in_the_released_codes_variant_the_grounding_model_replies_after_a_search(made, tmp_path, monkeypatch):
     monkeypatch.setenv("VRAG_CACHE", str(tmp_path))
     _, train, _ = made
     with running_server() as server:
