@@ -27,6 +27,15 @@ def test_overrides_reach_nested_fields_with_their_types():
     assert load_config("laptop", ["policy.temperature=0"]).policy.temperature == 0.0
 
 
+def test_devices_of_torch_and_names_of_variables_that_are_set_are_allowed(monkeypatch):
+    assert load_config("laptop", ["policy.device=cuda:1", "policy.dtype=float16"]).policy.device == "cuda:1"
+    drawn = "Judge_Key_For_Qwen72B_a"
+    with pytest.raises(ConfigError, match="not what it holds"):
+        load_config("laptop", [f"policy.api_key_env={drawn}"])
+    monkeypatch.setenv(drawn, "x")
+    assert load_config("laptop", [f"policy.api_key_env={drawn}"]).policy.api_key_env == drawn
+
+
 @pytest.mark.parametrize(
     "preset, override, message",
     [
@@ -52,7 +61,7 @@ def test_overrides_reach_nested_fields_with_their_types():
         ("laptop", ["policy.max_reply_tokens=0"], "policy.max_reply_tokens is at least 1"),
         ("laptop", ["policy.batch_size=0"], "policy.batch_size is at least 1"),
         ("laptop", ["policy.kind=oracle"], r"policy\.kind is one of extractive, transformers, openai, not 'oracle'"),
-        ("laptop", ["policy.dtype=float8"], "policy.dtype is one of auto, float32, bfloat16, not 'float8'"),
+        ("laptop", ["policy.dtype=float8"], "policy.dtype is one of auto, float32, bfloat16, float16, not 'float8'"),
         ("laptop", ["policy.device=gpu"], "policy.device is one of auto, cpu, cuda"),
         ("laptop", ["retrieval.kind=magic"], "retrieval.kind is one of text, bm25"),
         ("laptop", ["retrieval.depth=0"], "retrieval.depth is at least 1"),

@@ -317,13 +317,9 @@ def test_files_survive_what_is_made_of_a_corpus() -> None:
     problem = Problem("x.pdf", "broken")
     assert corpus.with_pages([]).with_problems([problem]).files == corpus.files
     assert corpus.with_problems([problem]).with_problems([problem]).problems == (problem, problem)
-    assert corpus.with_prefix("p-").files == {"a.pdf": "p-a", "b.pdf": "p-a", "c.pdf": "p-c", "x.pdf": ""}
     some = corpus.with_documents({"a"})
     assert (some.page_ids, some.files) == (("a_1",), {"a.pdf": "a", "b.pdf": "a", "c.pdf": "", "x.pdf": ""})
-    assert Corpus.merge([corpus, _corpus("d")]).files == corpus.files
-    other = Corpus(_corpus("e").documents, (), {"b.pdf": "e", "f.pdf": "e"})
-    merged = Corpus.merge([corpus, other])
-    assert merged.files == {"a.pdf": "a", "c.pdf": "c", "x.pdf": "", "f.pdf": "e"}  # `b.pdf` could be either's
+    assert corpus.with_prefix("p-").files == {} == Corpus.merge([corpus]).files  # several folders may hold an a.pdf
 
 
 def test_with_pages_replaces_by_id() -> None:

@@ -475,6 +475,9 @@ def test_a_file_name_that_may_mean_several_documents_is_refused(tmp_path: Path) 
     with pytest.raises(CorpusError, match=r"such as 'c\.bmp'"):
         _ask(tmp_path, "c")
     assert _ask(tmp_path, "c.png", "c.bmp")[1] == ["c_png_1", "c_bmp_1"]
+    (tmp_path / "documents/b/report.png").write_bytes(b"broken")  # the one that can be read is meant then
+    corpus, gold = _ask(tmp_path, "report.png")
+    assert gold[0] in corpus
 
 
 def test_a_duplicate_among_files_of_one_name_is_found_by_its_folder(

@@ -10,14 +10,14 @@ from vrag_lib.document_files import CorpusError, files_meant, find_documents
 
 
 def test_files_of_other_kinds_are_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    for name in ("a.pdf", "x.docx", "deck/y.PPTX", "deck/page.html", "z.heic", ".hidden.docx", "~$x.docx"):
+    for name in ("a.pdf", "x.docx", "deck/y.PPTX", "deck/page.odp", "z.heic", ".hidden.docx", "~$x.docx"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    (tmp_path / "folder.html").mkdir()
+    (tmp_path / "folder.odp").mkdir()
     assert find_documents(tmp_path) == [tmp_path / "a.pdf"]
     (record,) = caplog.records
     message = record.getMessage()
-    assert "page.html, x.docx, y.PPTX (4 in all); convert to PDF" in message
+    assert "page.odp, x.docx, y.PPTX (4 in all); convert to PDF" in message
     assert str(tmp_path) in message and ".png" in message
 
     (tmp_path / "a.pdf").unlink()
@@ -26,7 +26,16 @@ def test_files_of_other_kinds_are_named_once(tmp_path: Path, caplog: pytest.LogC
 
 
 def test_what_usually_lies_beside_documents_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    for name in ("a.pdf", "questions.json", "test.jsonl", "README.md", "table.csv", "notes.txt", "Makefile"):
+    for name in (
+        "a.pdf",
+        "questions.json",
+        "test.jsonl",
+        "README.md",
+        "table.csv",
+        "notes.txt",
+        "Makefile",
+        "trajectory.html",
+    ):
         (tmp_path / name).touch()
     assert find_documents(tmp_path) == [tmp_path / "a.pdf"] and not caplog.records
 

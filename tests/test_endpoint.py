@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
@@ -21,7 +21,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from vrag_lib.endpoint import Completion, Endpoint, EndpointError, Request, Usage, image_parts, quote_data
+from vrag_lib.endpoint import (
+    Completion,
+    Endpoint,
+    EndpointError,
+    Request,
+    Usage,
+    cancel_requests,
+    image_parts,
+    quote_data,
+)
 
 
 @pytest.fixture
@@ -297,6 +306,18 @@ def test_an_interrupt_stops_what_is_queued_and_keeps_what_has_come(server, tmp_p
         said = asking.communicate(timeout=60)[0]
     assert said == "interrupted\n" and asking.returncode == 0
     assert len(server.requests) <= 50 and 4 <= len(files(tmp_path)) < len(server.requests)
+
+
+def test_what_other_threads_wait_for_can_be_cancelled(server, cached):
+    server.behaviours = [slowly]
+    endpoint = cached(concurrency=1)
+    with ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(endpoint.ask, [request(f"{i} {n}?") for n in range(50)]) for i in range(2)]
+        while len(server.requests) < 2:
+            time.sleep(0.01)
+        cancel_requests()
+        assert all(isinstance(work.exception(timeout=10), CancelledError) for work in asked)
+    assert len(server.requests) <= 6  # of 100
 
 
 def test_nothing_asked_nothing_sent(server, cached):

@@ -341,11 +341,19 @@ def test_answers_without_a_verdict_do_not_make_those_without_an_answer_weigh_mor
     """8 of 12 questions are answered, all rightly; the judge says so of two of them, and nothing of the others."""
     frame = rows([(f"q{i}", 0.0) for i in range(12)]).assign(answered=[True] * 8 + [False] * 4)
     frame["judge"] = frame["judge_gated"] = [1.0, 1.0, *[math.nan] * 6, *[0.0] * 4]
+    frame["searches"] = 1.0
     row = summarise(frame).iloc[0]
     assert row["accuracy"] == row["accuracy_gated"] == pytest.approx(8 / 12) and row["unjudged"] == 6
     frame["judge"] = frame["judge_gated"] = [*[math.nan] * 8, *[0.0] * 4]
     row = summarise(frame).iloc[0]
     assert math.isnan(row["accuracy"]) and math.isnan(row["accuracy_gated"]) and row["finish_rate"] == 8 / 12
+
+
+def test_few_verdicts_make_a_wide_interval():
+    frame = rows([(f"q{i}", math.nan) for i in range(100)]).assign(answered=True)
+    frame.loc[[0, 1], "judge"] = 1.0, 0.0
+    row = summarise(frame).iloc[0]
+    assert (row["accuracy"], row["accuracy_low"], row["accuracy_high"]) == (0.5, 0.0, 1.0)
 
 
 def test_a_carriage_return_in_an_answer_is_no_new_row(tmp_path):

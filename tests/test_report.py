@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -140,3 +141,21 @@ def test_a_matrix_with_one_cell_is_reported_too(tmp_path, capsys):
     assert main(["reproduce-paper", "--report-only", "--preset", "gpu_3b", f"results={tmp_path}"]) == 0
     assert "REPORT_gpu_3b.md" in capsys.readouterr().out
     assert "**not measured** (24 of 24)" in (tmp_path / "REPORT_gpu_3b.md").read_text()
+
+
+def test_the_readmes_tables_of_agents_are_the_reports():
+    """Rows `| what | `cell` | right [low, high] | finished | invalid replies | nDCG | crops | seeds |`."""
+    root = Path(__file__).parent.parent
+    cells = pd.read_csv(root / "results" / "laptop" / "paper" / "cells.csv").set_index("cell")
+    columns = ("accuracy", "finish_rate", "invalid_rate", "ndcg")
+    shown = 0
+    for line in (root / "README.md").read_text().splitlines():
+        parts = [part.strip(" *") for part in line.split("|")[1:-1]]
+        if len(parts) != 8 or parts[1].strip("`") not in cells.index:
+            continue
+        row = cells.loc[parts[1].strip("`")]
+        limits = [f"{row[c]:.1f} [{row[f'{c}_low']:.1f}, {row[f'{c}_high']:.1f}]" for c in columns]
+        wanted = [*limits, f"{row['crops']:.2f}", str(row["seeds"])]
+        assert all(part in ("", text) for part, text in zip(parts[2:], wanted, strict=True)), line
+        shown += 1
+    assert shown > 30

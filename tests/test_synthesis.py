@@ -202,6 +202,14 @@ def test_an_interrupt_stops_all_threads_at_their_next_reply(tmp_path):
     assert policy.replies <= 6  # of 30: one more in each thread
 
 
+def test_a_folder_of_an_earlier_version_is_gone_on_with(tmp_path, whole):
+    run(tmp_path)
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    del settings["page_texts"]
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    assert untimed(run(tmp_path, SeededPolicy(raise_at=1))) == whole
+
+
 def test_what_ended_is_on_disk_soon_even_if_nothing_ends_after_it(tmp_path, monkeypatch):
     monkeypatch.setattr(synthesis, "SAVE_SECONDS", 0.2)
     seen = []

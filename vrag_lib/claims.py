@@ -8,11 +8,12 @@ keeps a second process out of a folder while the first one writes there.
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ INDIFFERENT = ("rollout_batch_size", "device", "api_key_env", "concurrency", "wo
                "keep_checkpoints", "gradient_checkpointing", "micro_batch_size")  # fmt: skip
 """Settings that change where and how fast something is computed, not what; a run may go on with others. So is the
 policy's `batch_size`, but not that of SFT."""
+
+
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 class ClaimError(RuntimeError):
@@ -56,14 +60,16 @@ def claim(
 @contextmanager
 def alone_in(folder: Path, error: type[Exception] = ClaimError) -> Iterator[None]:
     """Nobody else is in the folder while this lasts. Raises `error` where somebody is. A process that is killed leaves
-    it; where the file system knows no locks, nothing is kept out."""
+    it; where the file system knows no locks, nobody is kept out."""
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
+    lock = FileLock(folder / ".lock", fallback_to_soft=False)
     try:
-        with suppress(NotImplementedError):
-            lock.acquire(timeout=0)
+        lock.acquire(timeout=0)
     except Timeout:
         raise error(f"another process is writing to {folder}; let it end, or give another folder") from None
+    except OSError as problem:
+        if problem.errno not in _NO_LOCKS:
+            raise
     try:
         yield
     finally:

@@ -12,8 +12,9 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from vrag_lib import __version__, cli_experiments
@@ -50,8 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     log.setFormatter(_Visible("%(levelname)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[log])
     try:
-        _stop_on_terminate()
-        return arguments.run(arguments) or 0
+        with _stop_on_terminate():
+            return arguments.run(arguments) or 0
     except BrokenPipeError:  # whoever read the output has enough of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -74,7 +75,8 @@ class _Visible(logging.Formatter):
         return visible(super().format(record))
 
 
-def _stop_on_terminate() -> None:
+@contextmanager
+def _stop_on_terminate() -> Iterator[None]:
     """Ends as after Ctrl-C, what is finished being written, when a scheduler ends the job."""
     main = os.getpid()
 
@@ -83,8 +85,14 @@ def _stop_on_terminate() -> None:
             os._exit(128 + number)
         raise KeyboardInterrupt
 
-    with suppress(ValueError):  # only the main thread may
-        signal.signal(signal.SIGTERM, stop)
+    if threading.current_thread() is not threading.main_thread():  # no other may set a handler
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _ask(commands) -> None:
@@ -133,7 +141,8 @@ def _serve(commands) -> None:
         config = check_retriever(arguments, read_config(arguments, retriever_settings(arguments)))
         require_retriever(config)
         corpus = open_corpus(arguments.path, config)
-        serve(make_retriever(corpus, config), corpus, arguments.host, arguments.port, top_k=config.retrieval.depth)
+        with suppress(KeyboardInterrupt):  # how it is stopped, and nothing goes wrong then
+            serve(make_retriever(corpus, config), corpus, arguments.host, arguments.port, top_k=config.retrieval.depth)
 
     what = "answer GET /search as the authors' search server does"
     parser = add_command(commands, "serve", run, what, [("path", "folder or file of documents")])

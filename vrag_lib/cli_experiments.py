@@ -106,6 +106,8 @@ def _evaluate(commands) -> None:
             raise ValueError("a dataset is named twice: put its parts into one folder, or measure them one by one")
         find_agent(arguments.agent)
         config = read_policy_config(arguments, {"policy.temperature": 0.0}, experiment=names == ["minidocs"])
+        if len(arguments.seeds or ()) > 1 and config.policy.temperature == 0:
+            print("WARNING: greedy replies are the same for every seed; policy.temperature=1 samples", file=sys.stderr)
         judge = _judge(arguments, config) or rule_judge
         require_policy(config)
         require_retriever(config)
@@ -150,8 +152,9 @@ def _report_unjudged(frame) -> int:
         return 0
     asked = [text for text in frame["answer"] if text.strip() and len(text) <= MAX_ANSWER_CHARS]
     print(
-        f"vrag evaluate: the judge gave no verdict on {unjudged} of {len(asked)} answers, which count as the "
-        "mean of the others; the same command keeps trajectories and verdicts and asks for those that are missing",
+        f"vrag evaluate: the judge gave no verdict on {unjudged} of {len(asked)} answers, which are taken to be right "
+        "as often as the others, if there are any; the same command keeps trajectories and verdicts and asks for those "
+        "that are missing",
         file=sys.stderr,
     )
     return 1 if unjudged >= len(asked) else 0

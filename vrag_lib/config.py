@@ -20,11 +20,20 @@ from typing import Any
 
 from vrag_lib.minidocs_documents import LEAST_TOKENS, PAGE_TOKENS, MiniDocsConfig
 from vrag_lib.provenance import provenance
-from vrag_lib.settings import KEY_REMEDY, ConfigError, check_key_name, check_settings, check_url, read_value, setting
+from vrag_lib.settings import (
+    KEY_REMEDY,
+    ConfigError,
+    check_device,
+    check_key_name,
+    check_settings,
+    check_url,
+    read_value,
+    setting,
+)
 
 RETRIEVERS = ("text", "bm25", "dense", "visual", "remote")
 POLICIES = ("extractive", "transformers", "openai")
-DEVICES = ("auto", "cpu", "cuda")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 GIVEN = ("none", "retrieved", "gold_pages", "gold_regions")
 
 
@@ -51,7 +60,7 @@ class RetrievalConfig:
 
     kind: str = setting("text", "text (the default fusion), bm25, dense, visual or remote", one_of=RETRIEVERS)
     model: str = setting("", "visual: path or hub id of a ColPali-family checkpoint; empty: the laptop's own")
-    device: str = setting("auto", "visual: auto, cpu or cuda", one_of=DEVICES)
+    device: str = setting("auto", "visual: auto, cpu, cuda, or a card such as cuda:1")
     engine: str = setting(
         "byaldi",
         "visual: byaldi (one page at a time) or native (batches, the same embeddings)",
@@ -66,6 +75,7 @@ class RetrievalConfig:
     def validate(self) -> None:
         """Raises ConfigError, naming the setting, for a value that it cannot have, or not with the others."""
         check_settings(self, "retrieval")
+        check_device("retrieval.device", self.device)
         if self.url:
             check_url("retrieval.url", self.url)
         if self.kind == "visual" and self.engine == "byaldi" and self.dtype != "bfloat16":
@@ -133,12 +143,13 @@ class PolicyConfig:
     max_reply_tokens: int = setting(2048, "longest reply, tokens (paper Table 6)", 1)
     max_context_tokens: int = setting(10240, "longest context with its reply, tokens, image tokens counted", 1)
     batch_size: int = setting(8, "conversations generated together", 1)
-    device: str = setting("auto", "auto, cpu or cuda", one_of=DEVICES)
-    dtype: str = setting("auto", "auto, float32 or bfloat16", one_of=("auto", "float32", "bfloat16"))
+    device: str = setting("auto", "auto, cpu, cuda, or a card such as cuda:1")
+    dtype: str = setting("auto", "auto, float32, bfloat16 or float16", one_of=DTYPES)
 
     def validate(self) -> None:
         """Raises ConfigError, naming the setting, for a value that it cannot have or a key in place of its variable."""
         check_settings(self, "policy")
+        check_device("policy.device", self.device)
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"policy.top_p is more than 0 and at most 1, not {self.top_p}")
         if self.base_url:

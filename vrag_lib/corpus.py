@@ -27,7 +27,6 @@ from vrag_lib.document_files import (
     document_stem,
     find_documents,
     path_below,
-    unambiguous,
 )
 from vrag_lib.geometry import Box, Size
 from vrag_lib.parallel import WorkerCrash, run_tasks
@@ -155,7 +154,8 @@ class Corpus:
 
     `problems` names what was left out and why. `files` gives for the path of each file found, below its folder, the id
     of its document: of another file's where the content is the same, so that their pages are, and "" where the corpus
-    lacks it. `fingerprint` is equal for equal corpora on every machine.
+    lacks it; a corpus that was merged or given a prefix knows none. `fingerprint` is equal for equal corpora on every
+    machine.
     """
 
     def __init__(
@@ -232,7 +232,7 @@ class Corpus:
             name = prefix + document.id
             pages = tuple(replace(page, id=f"{name}_{page.number}", document_id=name) for page in document.pages)
             documents.append(replace(document, id=name, pages=pages))
-        return Corpus(documents, self.problems, {path: prefix + name for path, name in self.files.items()})
+        return Corpus(documents, self.problems)
 
     @classmethod
     def merge(cls, corpora: Iterable[Corpus]) -> Corpus:
@@ -242,10 +242,8 @@ class Corpus:
         """
         documents: dict[str, Document] = {}
         problems: list[Problem] = []
-        files: list[tuple[str, str]] = []
         for corpus in corpora:
             problems += corpus.problems
-            files += corpus.files.items()
             for document in corpus.documents:
                 first = documents.setdefault(document.id, document)
                 if first.sha256 != document.sha256:
@@ -253,7 +251,7 @@ class Corpus:
                         f"the id {document.id!r} stands for {first.path} and for {document.path}, whose contents "
                         "differ; tell the corpora apart with load_dataset(..., prefix=...) or Corpus.with_prefix"
                     )
-        return cls(documents.values(), problems, unambiguous(files))
+        return cls(documents.values(), problems)
 
     @classmethod
     def from_folder(

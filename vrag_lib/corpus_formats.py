@@ -174,6 +174,9 @@ def with_document_names(corpus: Corpus, questions: Iterable[Question]) -> tuple[
         stem = document_stem(name)
         meant = files_meant(name, alike.get(stem, []))
         ids = {corpus.files[path] for path in meant}
+        if len(ids) > 1 and "" in ids:  # the one that could be read will do
+            ids.remove("")
+            meant = [path for path in meant if corpus.files[path]]
         if len(ids) > 1:
             raise CorpusError(
                 f"questions are about {name!r}, which is ambiguous: there are {_some(meant)}; give as file_name the "

@@ -17,10 +17,11 @@ from vrag_lib.rendering import IMAGE_SUFFIXES, PDF_SUFFIXES
 logger = logging.getLogger(__name__)
 
 UNREAD_SUFFIXES = (
-    ".docx", ".doc", ".odt", ".rtf", ".pages", ".pptx", ".ppt", ".odp", ".xlsx", ".xls", ".ods", ".html", ".htm",
-    ".mhtml", ".epub", ".mobi", ".djvu", ".xps", ".ps", ".eps", ".svg", ".heic", ".heif", ".avif", ".gif",
+    ".docx", ".doc", ".odt", ".rtf", ".pages", ".pptx", ".ppt", ".odp", ".xlsx", ".xls", ".ods", ".epub", ".mobi",
+    ".djvu", ".xps", ".ps", ".eps", ".svg", ".heic", ".heif", ".avif", ".gif",
 )  # fmt: skip
-"""Of files that their owner may take for documents. Notes, .csv and .json are not among them: they lie beside those."""
+"""Of files that their owner may take for documents. Notes, .csv, .json and .html, which `vrag` writes itself, are not
+among them: they lie beside those."""
 
 
 class CorpusError(ValueError):
@@ -133,18 +134,6 @@ def _parts(path: str) -> list[str]:
 def own_id(file: Path) -> str:
     """The document id that a file would have if no other were there."""
     return document_stem(file.name or Path(os.path.abspath(file)).name)
-
-
-def unambiguous(names: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """What each name stands for, without the names that stand for several things.
-
-    >>> unambiguous([("b", "a"), ("c", "a"), ("c", "d"), ("b", "a")])
-    {'b': 'a'}
-    """
-    meanings: dict[str, set[str]] = {}
-    for name, meaning in names:
-        meanings.setdefault(name, set()).add(meaning)
-    return {name: meant.pop() for name, meant in meanings.items() if len(meant) == 1}
 
 
 def document_ids(files: Sequence[Path], root: Path) -> dict[Path, str]:

@@ -38,6 +38,7 @@ import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
@@ -206,10 +207,12 @@ class Endpoint:
         with _starting:
             loop = _loop(os.getpid())
         work = asyncio.run_coroutine_threadsafe(self._all(requests), loop)
+        _under_way.add(work)
         try:
             return work.result()
         finally:
             work.cancel()  # does nothing to what is done
+            _under_way.discard(work)
 
     async def _all(self, requests: Sequence[Request[T]]) -> list[T | EndpointError]:
         import httpx
@@ -348,6 +351,13 @@ class Endpoint:
 
 
 _starting = threading.Lock()
+_under_way: set[Future] = set()
+
+
+def cancel_requests() -> None:
+    """Cancel what all threads of this process wait for; an interrupt itself reaches the main thread alone."""
+    for work in list(_under_way):
+        work.cancel()
 
 
 @cache

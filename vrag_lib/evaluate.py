@@ -8,7 +8,7 @@
 Deviations from the released code, whose evaluation script is not published (spec 1.8): what failed or gave no answer is
 wrong and stays in every mean (ViDoRAG drops it, spec 8.5); accuracy is the judge alone, the trainer's product with the
 format gate (trap T4) stands beside it as `judge_gated`; intervals resample questions, the samples of a question being
-averaged first; an answer without a verdict counts as the mean of those judged, and is counted (`unjudged`).
+averaged first; an answer without a verdict is taken to be right as often as those judged, and counted (`unjudged`).
 """
 
 from __future__ import annotations
@@ -202,25 +202,11 @@ def summarise(frame: pd.DataFrame, by: str | Sequence[str] = (), samples: int = 
     rows = []
     for key, group in groups:
         row = dict(zip(by, key, strict=True)) | _counts(group)
-        group = _with_verdicts(group)
         for name, interval in _intervals(group, samples, seed).items():
             row |= {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
         per_question = _per_question(group, _MEANS)
         rows.append(row | {name: per_question[name].mean() for name in _MEANS})
     return pd.DataFrame(rows)
-
-
-def _with_verdicts(group: pd.DataFrame) -> pd.DataFrame:
-    """The rows with the mean verdict in place of a missing one. Left out they would make everything else weigh more:
-    trajectories without an answer, which are wrong unasked. No verdict at all says nothing about any answer."""
-    missing = group["judge"].isna()
-    if not missing.any():
-        return group
-    mean = group.loc[group["answered"].astype(bool), "judge"].mean()
-    if math.isnan(mean):
-        return group.assign(judge=math.nan, judge_gated=math.nan)
-    filled = group["judge_gated"].fillna(mean)
-    return group.assign(judge=group["judge"].fillna(mean), judge_gated=filled)
 
 
 def _counts(group: pd.DataFrame) -> dict[str, int]:
@@ -240,6 +226,12 @@ def _intervals(group: pd.DataFrame, samples: int, seed: int) -> dict[str, Interv
     columns |= {"crop_iou": "crop_iou", "turns": "replies"}
     means = _per_question(group, list(columns.values()))
     found = {name: _mean_interval(means[column], samples, seed) for name, column in columns.items()}
+    if group["judge"].isna().any():
+        answered = group["answered"].astype(bool)
+        found["accuracy"] = _judged_interval(group, "judge", answered, samples, seed)
+        found["accuracy_gated"] = _judged_interval(
+            group, "judge_gated", answered & (group["searches"] > 0), samples, seed
+        )
     counted = _per_question(group, ("invalid", "replies"))
     found["invalid_rate"] = ratio_interval(counted["invalid"], counted["replies"], samples=samples, seed=seed)
     if "mmlongbench" in group and group["answerable"].all():
@@ -257,6 +249,21 @@ def _intervals(group: pd.DataFrame, samples: int, seed: int) -> dict[str, Interv
 def _per_question(frame: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
     """Mean of each question's trajectories, by uid; NaN where none has a value."""
     return frame.groupby("uid")[list(columns)].mean()
+
+
+def _judged_interval(group: pd.DataFrame, column: str, asked: pd.Series, samples: int, seed: int) -> Interval:
+    """Of verdicts some of which are missing: the share of trajectories that are `asked` about, the others being wrong,
+    times the share of right ones among those judged, all resampled together. Leaving rows out would make those weigh
+    more that are wrong unasked. NaN without any verdict."""
+    judged = asked & group[column].notna()
+    parts = group.assign(asked=asked.astype(float), right=group[column].where(judged, 0.0), judged=judged.astype(float))
+    means = _per_question(parts, ("asked", "right", "judged")).to_numpy(float)
+    if not means[:, 2].sum():
+        return Interval(math.nan, math.nan, math.nan)
+    sums = _resampled_sums(means, samples, seed)
+    shares = np.divide(sums[:, 1], sums[:, 2], out=np.full(samples, math.nan), where=sums[:, 2] > 0)
+    low, high = np.nanquantile(shares * sums[:, 0] / len(means), [0.025, 0.975])
+    return Interval(float(means[:, 0].mean() * means[:, 1].sum() / means[:, 2].sum()), float(low), float(high))
 
 
 def _mean_interval(values: pd.Series, samples: int, seed: int) -> Interval:
@@ -282,17 +289,22 @@ def ratio_interval(
     pairs = np.column_stack([numerators, denominators]).astype(float)
     if not pairs[:, 1].sum():
         return Interval(math.nan, math.nan, math.nan)
-    rng = np.random.default_rng(seed)
-    step = max(1, 2_000_000 // len(pairs))  # indices in memory together
-    sums = np.concatenate(
-        [
-            pairs[rng.integers(0, len(pairs), (min(step, samples - start), len(pairs)))].sum(axis=1)
-            for start in range(0, samples, step)
-        ]
-    )  # (samples, 2)
+    sums = _resampled_sums(pairs, samples, seed)
     ratios = np.divide(sums[:, 0], sums[:, 1], out=np.zeros(samples), where=sums[:, 1] > 0)
     low, high = np.quantile(ratios, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(float(pairs[:, 0].sum() / pairs[:, 1].sum()), float(low), float(high))
+
+
+def _resampled_sums(columns: np.ndarray, samples: int, seed: int) -> np.ndarray:
+    """Sums (samples, k) of the columns (questions, k) of that many resamples of questions."""
+    rng = np.random.default_rng(seed)
+    step = max(1, 2_000_000 // len(columns))  # indices in memory together
+    return np.concatenate(
+        [
+            columns[rng.integers(0, len(columns), (min(step, samples - start), len(columns)))].sum(axis=1)
+            for start in range(0, samples, step)
+        ]
+    )
 
 
 def compare(
@@ -356,7 +368,7 @@ def run(
         "environment": asdict(environment),
         **dict(settings or {}),
     }
-    # The tables are of all seeds together, so a seed of other questions must not write over those of the others.
+    # The tables hold the seeds of one call; those of another evaluation must not be written over them.
     claim(folder / "samples", described | {"questions": questions_fingerprint(questions)}, error=SynthesisError)
     with alone_in(folder / "samples", SynthesisError):
         trajectories: list[Trajectory] = []

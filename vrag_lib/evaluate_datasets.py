@@ -169,7 +169,8 @@ def evaluate_datasets(
     metrics: Sequence[str] = (),
     retry_errors: bool = True,
 ) -> pd.DataFrame:
-    """What `vrag evaluate` does: open, index, `run`, with the datasets' official metrics beside the default ones.
+    """What `vrag evaluate` does: open, index, `run`, with the datasets' official metrics beside the default ones. The
+    command sets `policy.temperature` to 0 first.
 
     folder: default `evaluation_folder`.
     agent: what the policy may do and is shown, one of `agents.AGENTS` by name or your own.

@@ -85,13 +85,13 @@ def make_retriever(corpus: Corpus, config: Config) -> Retriever:
 
 def require_device(name: str, device: str) -> None:
     """Raises ConfigError, naming the setting, where torch has no CUDA device and `device` is one."""
-    if device != "cuda":
+    if not device.startswith("cuda"):
         return
     import torch
 
     if not torch.cuda.is_available():
         reason = "torch finds no GPU" if torch.version.cuda else "this torch is built without CUDA"
-        raise ConfigError(f"{name}=cuda, but {reason}; set {name}=cpu (or auto), or install a torch that has CUDA")
+        raise ConfigError(f"{name}={device}, but {reason}; set {name}=cpu (or auto), or install a torch that has CUDA")
 
 
 def laptop_colqwen2(allow_random: bool = False) -> Path:

@@ -231,7 +231,8 @@ def read_rows(config: Config, cells: Sequence[str] | None = None) -> dict[str, p
         for folder in folders:
             began = (read_json(folder / "settings.json") or {}).get("cold_start", math.nan)
             seed = int(folder.name.removeprefix("seed_"))
-            parts.append(pd.read_parquet(folder / "questions.parquet").assign(seed=seed, cold_start=began))
+            measured = pd.read_parquet(folder / "questions.parquet").reindex(columns=list(KEPT))  # NaN: not kept then
+            parts.append(measured.assign(seed=seed, cold_start=began))
         if parts:
             rows[cell.name] = pd.concat(parts, ignore_index=True)
     return rows

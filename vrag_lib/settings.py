@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import types
 import typing
@@ -69,12 +70,18 @@ def same_server(url: str, other: str) -> bool:
 
 def check_key_name(name: str, value: str) -> None:
     """Raises ConfigError for what is no name of an environment variable, and for what looks like the key itself:
-    results keep the name. The message does not repeat it. Nothing is no name, and allowed."""
-    if not re.fullmatch(r"[A-Za-z_]\w*|", value) or _KEY.fullmatch(value):
+    results keep the name. The message does not repeat it. Nothing is no name, and allowed; so is what is set."""
+    if value not in os.environ and (not re.fullmatch(r"[A-Za-z_]\w*|", value) or _KEY.fullmatch(value)):
         raise ConfigError(
             f"{name} is the name of an environment variable, not what it holds: put the key into one, such as "
             "OPENAI_API_KEY, and name that"
         )
+
+
+def check_device(name: str, value: str) -> None:
+    """Raises ConfigError for what torch would not know as a device."""
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
+        raise ConfigError(f"{name} is one of auto, cpu, cuda, or a card such as cuda:1, not {value!r}")
 
 
 def read_value(value: str, kind: Any, key: str) -> Any:

@@ -144,8 +144,8 @@ def set_apart(config: Config, train: Collection) -> Collection:
 
 
 def check_experts(config: Config) -> None:
-    """Raises ConfigError for an unknown `synthesis.experts`, for scripted ones on other documents than MiniDocs, and
-    where an endpoint, a model or any request at once is missing."""
+    """Raises ConfigError for an unknown `synthesis.experts` or `synthesis.variant`, for scripted experts on other
+    documents than MiniDocs, and where an endpoint, a model or any request at once is missing."""
     settings = config.synthesis
     if settings.experts not in EXPERTS:
         raise ConfigError(f"synthesis.experts is one of {', '.join(EXPERTS)}, not {settings.experts!r}")
@@ -156,6 +156,8 @@ def check_experts(config: Config) -> None:
         )
     if settings.experts == "openai" and not (config.policy.base_url and settings.planner and settings.grounder):
         raise ConfigError("synthesis.experts=openai needs policy.base_url=, synthesis.planner= and synthesis.grounder=")
+    if settings.variant not in VARIANTS:
+        raise ConfigError(f"synthesis.variant is one of {', '.join(VARIANTS)}, not {settings.variant!r}")
     if settings.concurrency < 1:
         raise ConfigError(f"synthesis.concurrency is at least 1, not {settings.concurrency}")
 
@@ -182,8 +184,7 @@ def make_experts(config: Config, questions: Sequence[Question], corpus: Corpus) 
 
 
 def make_expert_policy(config: Config, questions: Sequence[Question], corpus: Corpus) -> Policy:
-    """The experts joined as `synthesis.variant` says. Raises ConfigError for an unknown variant, else as
-    `check_experts`."""
+    """The experts joined as `synthesis.variant` says. Raises ConfigError as `check_experts`."""
     from vrag_lib.experts import MultiExpertPolicy, NextReplyPolicy
 
     planner, grounder = make_experts(config, questions, corpus)
@@ -192,9 +193,7 @@ def make_expert_policy(config: Config, questions: Sequence[Question], corpus: Co
         return MultiExpertPolicy(planner, grounder, f"{planner.name} + {grounder.name}")
     if variant == "next_reply":
         return NextReplyPolicy(planner, grounder, f"{planner.name}, after searches {grounder.name}")
-    if variant in ("planner", "grounder"):
-        return planner if variant == "planner" else grounder
-    raise ConfigError(f"synthesis.variant is one of {', '.join(VARIANTS)}, not {variant!r}")
+    return planner if variant == "planner" else grounder
 
 
 def make_judge(config: Config) -> Judge:

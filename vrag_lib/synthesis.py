@@ -34,6 +34,7 @@ from tqdm import tqdm
 from vrag_lib.claims import alone_in, claim, text_fingerprint
 from vrag_lib.config import EnvironmentConfig
 from vrag_lib.corpus import Corpus, Question
+from vrag_lib.endpoint import cancel_requests
 from vrag_lib.policy import Policy, Reply
 from vrag_lib.rendering import read_json
 from vrag_lib.retrieval import Retriever
@@ -244,13 +245,16 @@ def questions_fingerprint(questions: Iterable[Question]) -> str:
 
 def _claim(folder: Path, settings: dict[str, Any]) -> None:
     """Write what the samples depend on, or make sure that it is what those already there depend on."""
-    if read_json(folder / _SETTINGS) is None and any(folder.glob("samples-*.parquet")):
+    present = read_json(folder / _SETTINGS)
+    if present is None and any(folder.glob("samples-*.parquet")):
         raise SynthesisError(f"{folder} holds samples but no readable {_SETTINGS}; give another folder")
+    if present is not None and "page_texts" not in present:  # earlier versions did not write it
+        settings = {name: value for name, value in settings.items() if name != "page_texts"}
     claim(folder, settings, _SETTINGS, SynthesisError, _DROPPED)
 
 
 class _Stoppable:
-    """A policy that writes no further reply once `stop` is set: threads notice an interrupt only so."""
+    """A policy that writes no further reply once `stop` is set: threads other than the main one notice no interrupt."""
 
     def __init__(self, policy: Policy, stop: threading.Event):
         self.name, self._policy, self._stop = policy.name, policy, stop
@@ -356,6 +360,7 @@ def _fill(
             except BaseException as error:  # no other shard is begun; those under way are finished unless it is in vain
                 if isinstance(error, KeyboardInterrupt | SamplingError):
                     stop.set()
+                    cancel_requests()
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
