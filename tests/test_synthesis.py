@@ -197,8 +197,12 @@ def test_an_interrupt_stops_all_threads_at_their_next_reply(tmp_path):
             return super().generate(conversations, seeds=seeds)
 
     policy = Slow()
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, policy, batch_size=1, workers=2)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # parallel runs of the tests ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, policy, batch_size=1, workers=2)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert policy.replies <= 6  # of 30: one more in each thread
 
 
