@@ -52,8 +52,7 @@ def _is_setting(value: object) -> bool:
 
 
 def add_several(parser: argparse.ArgumentParser, name: str, kind: Callable = str, **options) -> None:
-    """An option of one value of `kind` or more. Settings may stand anywhere, so also behind its values: `parse` finds
-    them there."""
+    """An option of one value of `kind` or more. Settings may stand behind its values: `parse` finds them there."""
 
     def read(text: str) -> object:
         return text if _is_setting(text) else kind(text)
@@ -63,8 +62,9 @@ def add_several(parser: argparse.ArgumentParser, name: str, kind: Callable = str
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments of a command; `overrides` are its settings, in their order. They may stand anywhere after the
-    command, which argparse cannot declare: they are what it does not know. Exits with status 2 for what is neither."""
+    """The arguments of a command; `overrides` are its settings, in their order. They may stand among its options and
+    behind its arguments, which argparse cannot declare: they are what it does not know. Exits with status 2 for what
+    is neither."""
     arguments, rest = parser.parse_known_args(argv)
     unknown = [text for text in rest if text.startswith("-") or "=" not in text]
     if unknown:

@@ -57,7 +57,7 @@ def difference(frame_a: pd.DataFrame, frame_b: pd.DataFrame, column: str, kind: 
 
     Raises ValueError when they are not of the same questions or share no seed.
     """
-    part_a, part_b = select(frame_a, kind), select(frame_b, kind)
+    part_a, part_b = (select(frame, kind) for frame in _of_shared_seeds(frame_a, frame_b))
     if part_a.empty and part_b.empty:
         return UNKNOWN
     a, a_sizes = matrices(part_a, column)
@@ -65,14 +65,19 @@ def difference(frame_a: pd.DataFrame, frame_b: pd.DataFrame, column: str, kind: 
     alone = a.columns.symmetric_difference(b.columns)
     if len(alone):
         raise ValueError(f"{len(alone)} questions are in one cell only, for example {alone[0]!r}; run both on the same")
-    if len(a) > 1 and len(b) > 1:
-        shared = a.index.intersection(b.index)
-        if shared.empty:
-            raise ValueError("the two cells share no seed; run them with the same ones")
-        a, a_sizes, b, b_sizes = (table.loc[shared] for table in (a, a_sizes, b, b_sizes))
     if not a_sizes.to_numpy().sum() or not b_sizes.to_numpy().sum():
         return UNKNOWN
     return crossed_difference(a.to_numpy(), b.to_numpy(), a_sizes.to_numpy(), b_sizes.to_numpy())
+
+
+def _of_shared_seeds(frame_a: pd.DataFrame, frame_b: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The rows of the seeds that both have, where both were trained several times; else all."""
+    if min(frame_a["seed"].nunique(), frame_b["seed"].nunique()) < 2:
+        return frame_a, frame_b
+    shared = set(frame_a["seed"]) & set(frame_b["seed"])
+    if not shared:
+        raise ValueError("the two cells share no seed; run them with the same ones")
+    return frame_a[frame_a["seed"].isin(shared)], frame_b[frame_b["seed"].isin(shared)]
 
 
 def effects(rows: Rows, wanted: Sequence[Effect]) -> pd.DataFrame:
@@ -171,11 +176,7 @@ def _compared(rows: Rows, effect: Effect) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The rows of both cells; of SFT, beside the RL that went on from it, those of the trainings that it began with,
     where that is recorded; of two that were trained several times, those of the seeds they share."""
     a, b = rows[effect.a], rows[effect.b]
-    a, b = _begun_with(a, effect.a, b, effect.b), _begun_with(b, effect.b, a, effect.a)
-    shared = set(a["seed"]) & set(b["seed"])
-    if shared and min(a["seed"].nunique(), b["seed"].nunique()) > 1:
-        a, b = a[a["seed"].isin(shared)], b[b["seed"].isin(shared)]
-    return a, b
+    return _of_shared_seeds(_begun_with(a, effect.a, b, effect.b), _begun_with(b, effect.b, a, effect.a))
 
 
 def _begun_with(frame: pd.DataFrame, name: str, other: pd.DataFrame, other_name: str) -> pd.DataFrame:
