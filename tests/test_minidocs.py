@@ -76,6 +76,24 @@ def test_figures_need_a_crop_and_labels_do_not(split, index, seed):
                 assert config.value_px * shrink >= 17
 
 
+def test_sentences_may_be_set_larger_than_labels_and_nothing_else_changes():
+    large = MiniDocs(MiniDocsConfig(text_px=60))
+    assert large.fingerprint != DOCS.fingerprint
+    assert MiniDocs(MiniDocsConfig(text_px=None)).fingerprint == DOCS.fingerprint
+    for index in range(4):
+        for page, other in zip(large.document("test", index).pages, DOCS.document("test", index).pages, strict=True):
+            if page.kind != "text":
+                assert page.lines == other.lines and page.facts == other.facts
+                continue
+            sizes = {text.font.px for text in page.canvas.texts}
+            assert 60 in sizes and 60 not in {text.font.px for text in other.canvas.texts}
+            assert 1 <= len(page.facts) < len(other.facts)
+            assert {(f.item, f.value) for f in page.facts} <= {(f.item, f.value) for f in other.facts}
+    for wrong in (37, 66):
+        with pytest.raises(ValueError, match="text_px must lie between label_px and short_side / 12"):
+            MiniDocsConfig(text_px=wrong)
+
+
 def test_same_document_in_any_order():
     backwards = [DOCS.document("test", index) for index in (5, 4, 3)]
     again = MiniDocs().document("test", 3)

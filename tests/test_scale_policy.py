@@ -22,7 +22,16 @@ from vrag_lib.geometry import PATCH, Box, Size, View, iou
 from vrag_lib.minidocs_documents import MiniDocsConfig, build_document
 from vrag_lib.scale_characters import BINS, CHARACTERS, SLOTS, draw_character_page
 from vrag_lib.scale_policy import MAX_PIXELS, MIN_PIXELS
-from vrag_lib.scale_tasks import WHERE, WHO, PageSamples, draw_samples, page_view, region_view, shown_box
+from vrag_lib.scale_tasks import (
+    WHERE,
+    WHO,
+    PageSamples,
+    draw_page,
+    draw_samples,
+    page_view,
+    region_view,
+    shown_box,
+)
 
 torch = pytest.importorskip("torch")
 
@@ -622,6 +631,37 @@ def test_muon_s_update_is_orthogonal():
     assert values.min() > 0.5 and values.max() < 1.4
 
 
+def test_pages_quoted_as_text_are_asked_for_values_that_stand_in_them(built):
+    from vrag_lib.scale_reading import COPY_TO_NEXT, make_batch
+
+    drawn = draw_samples(random.Random(6), "train", 8, MiniDocsConfig(), {"quoted": 1})
+    assert len(drawn) == 8 and not any(sample.images for sample in drawn)
+    for sample in drawn:
+        (turn,) = sample.turns
+        page, question = turn.question.rsplit("\n", 1)
+        assert page.startswith("A page:\n> ") and turn.answer in page and turn.answer not in question
+        assert turn.kind.startswith("quoted ") and turn.echoes == ((turn.answer, turn.answer),)
+    # A head is shown the value in the page: a batch needs one image, of whatever sample.
+    image = draw_samples(random.Random(6), "train", 1, MiniDocsConfig(), {"crop": 1})
+    gaze = make_batch(built[1].tokenizer, [*drawn, *image]).gaze[COPY_TO_NEXT]
+    assert set(range(8)) <= set(gaze.row.tolist())
+
+
+def test_all_values_of_a_legible_page_of_text_are_asked_for_and_pages_are_drawn_by_kind():
+    def of_pages(config):
+        drawn = draw_samples(random.Random(2), "train", 12, config, {"whole": 1}, (0, 1, 0))
+        return sum(turn.kind == "page text" for sample in drawn for turn in sample.turns)
+
+    large = MiniDocsConfig(text_px=60)
+    facts = sum(len(draw_page(random.Random(i), "train", large, (0, 1, 0))[1].facts) for i in range(12))
+    assert of_pages(large) >= 24 > 12 >= of_pages(MiniDocsConfig()) and facts >= 24
+    kinds = [draw_page(random.Random(i), "train", large, (0, 0, 1))[1].kind for i in range(12)]
+    assert set(kinds) == {"board", "flow"}
+    before = random.Random(5)
+    document = build_document(large, "train", before.randrange(1_000_000))
+    assert draw_page(random.Random(5), "train", large)[1].number == before.randint(1, len(document.plan))
+
+
 def test_the_saved_policy_loads_through_the_auto_classes(built, tmp_path):
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -643,14 +683,14 @@ def test_the_whole_recipe_in_miniature(tmp_path, monkeypatch):
     monkeypatch.setattr(scale_training, "HELD_OUT_BATCHES", 1)
     steps = Schedule(steps=2, muon=1e-3, adamw=1e-3, warmup=1)
     recipe = scale_training.PolicyTraining(
-        0, steps, steps, steps, steps, steps, cells_per_step=48, pages_per_step=1, cell_pages_per_step=1
+        0, *[steps] * 7, MiniDocsConfig(text_px=60), cells_per_step=48, pages_per_step=1, cell_pages_per_step=1
     )
     out, results = tmp_path / "policy", tmp_path / "results"
     rows = make_policy(out, results, tmp_path / "work", recipe, test_documents=1)
     assert {row["task"] for row in rows} == {"crop", "page", "region", "title"}
     assert all(0 <= row["low"] <= row["right"] <= row["high"] <= 1 for row in rows)
     assert (results / "curve_copying.csv").read_text().splitlines()[-1].startswith("2,")
-    assert {p.stem for p in results.glob("*.png")} == {f"curve_{stage}" for stage in scale_training.STAGES}
+    assert {p.stem for p in results.glob("*.png")} == {f"curve_{stage}" for stage in scale_training.LEGIBLE_STAGES}
     card = (out / "README.md").read_text()
     assert "value from the crop of its region" in card and "dense 2 steps" in card
     weights = (out / "model.safetensors").read_bytes()

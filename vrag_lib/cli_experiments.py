@@ -284,12 +284,13 @@ def _scale_model(commands) -> None:
         from vrag_lib.scale_make import make_policy
         from vrag_lib.scale_training import PolicyTraining
 
-        config, out, work, results = prepare(arguments, "policy", "policy")
-        recipe = PolicyTraining(seed=config.seed)
+        config = read_config(arguments)
+        recipe = PolicyTraining(seed=config.seed, minidocs=config.minidocs)
+        _, out, work, results = prepare(arguments, recipe.name, recipe.name)
         if arguments.recipe == "large":
-            recipe = PolicyTraining.large(config.seed)
+            recipe = recipe.large()
         elif arguments.hours:
-            recipe = PolicyTraining.of_hours(arguments.hours, config.seed)
+            recipe = recipe.of_hours(arguments.hours)
         processes = arguments.processes if arguments.device == "cpu" else 1
         make_policy(
             out, results, work / arguments.recipe, recipe, device=arguments.device, workers=arguments.workers,

@@ -98,8 +98,9 @@ class MiniDocs:
 
     @property
     def fingerprint(self) -> str:
-        """Sixteen hex digits of the configuration's sha256; names the cache folder."""
-        return hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode()).hexdigest()[:16]
+        """Sixteen hex digits of the sha256 of the configuration, without what is null; names the cache folder."""
+        settings = {name: value for name, value in asdict(self.config).items() if value is not None}
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
     def write(self, out_dir: str | Path, form: str = "pdf", splits: Sequence[str] = SPLITS) -> Path:
         """Export splits to `{out_dir}/{split}/`: `questions.json` beside `documents/*.pdf` (vector pages with a text

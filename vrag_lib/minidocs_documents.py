@@ -84,7 +84,8 @@ class MiniDocsConfig:
     """Everything a MiniDocs collection depends on. Sizes are raw page pixels; font sizes are em heights.
 
     With the defaults a page of 1176 x 784 is shown whole at 336 x 224 (`PAGE_TOKENS`): labels and text come out at 11
-    pixels, figures at 6. A crop of a table row or a bar shows its figure at 18 pixels or more.
+    pixels, figures at 6. A crop of a table row or a bar shows its figure at 18 pixels or more. With `text_px` at 60
+    the sentences of pages of text are shown at 17 pixels, two or three on a page.
     """
 
     seed: int = setting(0, "seed of all contents; names, families and palettes of a split do not depend on it")
@@ -100,6 +101,7 @@ class MiniDocsConfig:
     title_px: int = setting(48, "em height of titles, raw pixels")
     label_px: int = setting(38, "em height of labels and running text, raw pixels")
     value_px: int = setting(22, "em height of figures and small print, raw pixels")
+    text_px: int | None = setting(None, "em height of the sentences on pages of text, raw pixels; null: as labels")
 
     def __post_init__(self) -> None:
         if not len(REQUIRED_PAGES) < self.min_pages <= self.max_pages <= MOST_PAGES:
@@ -109,11 +111,18 @@ class MiniDocsConfig:
             )
         if not 8 <= self.value_px <= self.label_px <= self.title_px <= self.short_side / 16:
             raise ValueError("font sizes must rise from value_px (at least 8) to title_px (at most short_side / 16)")
+        if not self.label_px <= self.sentence_px <= self.short_side / 12:
+            raise ValueError("text_px must lie between label_px and short_side / 12")
         if not self.short_side <= self.long_side <= 2 * self.short_side or self.label_px > self.short_side / 20:
             raise ValueError("pages need short_side <= long_side <= 2 * short_side and label_px <= short_side / 20")
         for split, count in self.documents.items():
             if not 0 <= count <= len(document_entities(split)):
                 raise ValueError(f"{split} has names for {len(document_entities(split))} documents, not for {count}")
+
+    @property
+    def sentence_px(self) -> int:
+        """Em height of the sentences on pages of text, raw pixels."""
+        return self.label_px if self.text_px is None else self.text_px
 
     @property
     def documents(self) -> dict[str, int]:
@@ -227,8 +236,9 @@ def build_document(config: MiniDocsConfig, split: str, index: int) -> MiniDocume
     sides = (config.long_side, config.short_side)
     size = Size(*sides) if family.format == "slide" else Size(*reversed(sides))
     style = Style(
-        family, rng.choice(palettes(split)), size, config.margin, config.title_px, config.label_px, config.value_px
-    )
+        family, rng.choice(palettes(split)), size, config.margin,
+        config.title_px, config.label_px, config.value_px, config.sentence_px,
+    )  # fmt: skip
     count = rng.randint(config.min_pages, config.max_pages)
     organisation = rng.choice(sorted(ORGANISATIONS))
     return MiniDocument(

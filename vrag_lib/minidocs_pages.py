@@ -118,14 +118,14 @@ def _cover_ornament(canvas: Canvas, style: Style) -> None:
 
 
 def draw_text(canvas: Canvas, box: Box, style: Style, sentences: Sequence[tuple[str, str, str, str]]) -> list[Fact]:
-    """Sentences at label size, one below the other; each is `(text, subject, item, value)`, fillers with no value.
+    """Sentences, one below the other; each is `(text, subject, item, value)`, fillers with no value.
 
     Sentences that no longer fit the box are left out.
     """
     facts: list[Fact] = []
-    font, step = style.label, style.label_px * 1.42
+    font, step = style.text, style.text_px * 1.42
     bullets = style.family.format == "slide"
-    indent = style.label_px * 1.0 if bullets else 0
+    indent = style.text_px * 1.0 if bullets else 0
     blocks = [(wrap(text, font, box.width - indent), rest) for text, *rest in sentences]
     while sum(len(lines) for lines, _ in blocks) * step + len(blocks) * step * 0.35 > box.height:
         blocks.pop()
@@ -134,7 +134,7 @@ def draw_text(canvas: Canvas, box: Box, style: Style, sentences: Sequence[tuple[
     y = box.y1
     for lines, (subject, item, value) in blocks:
         if bullets:
-            dot = style.label_px * 0.28
+            dot = style.text_px * 0.28
             middle = y + step * 0.5
             canvas.rectangle(Box(box.x1, middle - dot / 2, box.x1 + dot, middle + dot / 2), fill=style.palette.primary)
         answer = None
@@ -148,7 +148,7 @@ def draw_text(canvas: Canvas, box: Box, style: Style, sentences: Sequence[tuple[
                 end = start + text_width(value, font)
                 answer = Box(start - 1, boxes[-1].y1, end + 1, boxes[-1].y2)
         if answer:
-            region = _pad(union([*boxes, answer]), style.label_px * 0.25, style)
+            region = _pad(union([*boxes, answer]), style.text_px * 0.25, style)
             facts.append(Fact("text", subject, item, "value", value, answer, region))
         y += len(lines) * step + gap
     return facts

@@ -116,7 +116,7 @@ assert all(families(split) and palettes(split) for split in SPLITS)
 class Style:
     """A family in a palette at given sizes: what the drawing code asks for fonts and colours.
 
-    `title_px`, `label_px` and `value_px` are em heights in raw pixels.
+    `title_px`, `label_px`, `value_px` and, of sentences, `text_px` are em heights in raw pixels.
     """
 
     family: Family
@@ -126,6 +126,7 @@ class Style:
     title_px: int
     label_px: int
     value_px: int
+    text_px: int
 
     @property
     def title(self) -> Font:
@@ -138,6 +139,10 @@ class Style:
     @property
     def label(self) -> Font:
         return Font(self.family.body_face, self.label_px)
+
+    @property
+    def text(self) -> Font:
+        return Font(self.family.body_face, self.text_px)
 
     @property
     def value(self) -> Font:

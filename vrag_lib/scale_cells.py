@@ -22,13 +22,13 @@ from PIL import Image
 
 from vrag_lib.geometry import PATCH, Box, View, render
 from vrag_lib.minidocs_canvas import Font, text_width
-from vrag_lib.minidocs_documents import MiniDocsConfig, MiniPage, build_document
+from vrag_lib.minidocs_documents import MiniDocsConfig, MiniPage
 from vrag_lib.minidocs_pages import Fact
 from vrag_lib.minidocs_questions import below, beside
 from vrag_lib.scale_characters import CHARACTERS, CLASS, SLOTS
 from vrag_lib.scale_loop import Counts
 from vrag_lib.scale_policy import BOX_STEP, MOST_COORDINATE
-from vrag_lib.scale_tasks import PageSamples, label_boxes, page_view, region_view, shown_box, words
+from vrag_lib.scale_tasks import PageSamples, draw_page, label_boxes, page_view, region_view, shown_box, words
 from vrag_lib.scale_vision import Grid, Images, OnDevice, arrange, encode_images, patchify
 
 if TYPE_CHECKING:
@@ -201,14 +201,20 @@ class Cells(OnDevice):
     nothing: int
 
 
-def cell_batch(rng: random.Random, tokenizer: Any, config: MiniDocsConfig, pages: int, split: str = "train") -> Cells:
-    """Whole pages of ever new documents, and of each a crop of a fact, of several, or a small cut-out."""
+def cell_batch(
+    rng: random.Random,
+    tokenizer: Any,
+    config: MiniDocsConfig,
+    pages: int,
+    split: str = "train",
+    shares: Sequence[float] = (),
+) -> Cells:
+    """Whole pages (`draw_page`), and of each a crop of a fact, of several, or a small cut-out."""
     import torch
 
     drawn = []
     for _ in range(pages):
-        document = build_document(config, split, rng.randrange(1_000_000))
-        page = document.page(rng.randint(1, len(document.plan)))
+        document, page = draw_page(rng, split, config, shares)
         samples = PageSamples(document, page, rng)
         views = [page_view(page)]
         kind = rng.random()

@@ -10,12 +10,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from vrag_lib.minidocs import MiniDocs
 from vrag_lib.provenance import provenance
 from vrag_lib.rendering import write_atomically
 from vrag_lib.scale_evaluate import evaluate_policy, write_evaluation
 from vrag_lib.scale_loop import in_processes
 from vrag_lib.scale_policy import MAX_PIXELS
-from vrag_lib.scale_training import STAGES, PolicyTraining, train_policy
+from vrag_lib.scale_training import PolicyTraining, train_policy
 
 TARGETS = {("crop", "all"): 0.95, ("region", "all"): 0.85, ("title", "all"): 0.90}
 """What a policy that perceives well enough for the experiment reaches on unseen documents."""
@@ -38,6 +39,7 @@ _PANELS = {
     "words of a question": r"about|column|copy|measure",
     "value from a later image": r"later .*",
     "value in a sentence": r"told .*",
+    "value from a page quoted as text": r"quoted .*",
     "heads that look words up": r"naming_gaze_.*|found_.*",
     "heads of layers 0 and 1 that look right": r"gaze_[01]\..*",
     "heads of layers 2 and 3 that look right": r"gaze_[23]\..*",
@@ -76,9 +78,10 @@ def make_policy(
     """
     recipe = recipe or PolicyTraining()
     in_processes(processes, train_policy, recipe, work, results, out, device, workers)
-    rows = write_evaluation(evaluate_policy(out, "test", test_documents), results)
+    docs = MiniDocs(recipe.minidocs)
+    rows = write_evaluation(evaluate_policy(out, "test", test_documents, docs=docs), results)
     draw_curves(results)
-    write_card(out, recipe, rows, stage_seconds(results), note)
+    write_card(out, recipe, rows, stage_seconds(results, recipe.stages), note)
     return rows
 
 
@@ -116,10 +119,10 @@ def _one_name(column: str) -> str:
     return f"{_HELD_OUT}em {match[1]} {match[2]}" if match else column
 
 
-def stage_seconds(results: Path) -> dict[str, int]:
+def stage_seconds(results: Path, stages: Sequence[str]) -> dict[str, int]:
     """Seconds of each stage, by the last row of its curve."""
     seconds = {}
-    for stage in STAGES:
+    for stage in stages:
         with (results / f"curve_{stage}.csv").open(newline="") as file:
             seconds[stage] = int(list(csv.DictReader(file))[-1]["seconds"])
     return seconds
@@ -141,10 +144,21 @@ def write_card(
             f"| {row['low']:.1%} to {row['high']:.1%} | {target} |"
         )
     stages = ", ".join(f"{name} {getattr(recipe, name).steps} steps in {s / 60:.0f} min" for name, s in seconds.items())
-    text = _CARD.format(tokens=MAX_PIXELS // 784, table="\n".join(lines), stages=stages, seed=recipe.seed, note=note)
+    own = {"start": "is the start of", "settings": "", "more": "", "collection": ""}
+    if recipe.name == "policy_legible":
+        settings = f" minidocs.text_px={recipe.minidocs.text_px}"
+        own = {"start": "may be the start of", "settings": settings, "more": _MORE, "collection": _LARGE_PRINT}
+    text = _CARD.format(
+        tokens=MAX_PIXELS // 784, table="\n".join(lines), stages=stages, seed=recipe.seed, note=note, name=recipe.name,
+        **own,
+    )  # fmt: skip
     write_atomically(out / "README.md", text.encode())
     return out / "README.md"
 
+
+_LARGE_PRINT = "\nPages of text are set large enough to be read whole (`minidocs.text_px`)."
+_MORE = """ In the end the tower is
+sharpened on much more print, and everything is trained together once more, pages quoted as text among it."""
 
 _CARD = """---
 license: apache-2.0
@@ -155,35 +169,35 @@ pipeline_tag: image-text-to-text
 
 A Qwen2.5-VL of 3.7 M parameters (`Qwen2_5_VLForConditionalGeneration`: 4 vision blocks of width 128, 4
 language layers of width 192) that was taught to perceive MiniDocs pages: titles, text, places and values. It
-is the start of the laptop preset, as Qwen2.5-VL-7B-Instruct is the start of the paper. It knows nothing of
+{start} the laptop preset, as Qwen2.5-VL-7B-Instruct is the start of the paper. It knows nothing of
 searching, cropping or answering in tags; its tokenizer has the tags.
 
 ```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-model = AutoModelForImageTextToText.from_pretrained("data/scale_policy", dtype="float32")
-processor = AutoProcessor.from_pretrained("data/scale_policy")
+model = AutoModelForImageTextToText.from_pretrained("data/scale_{name}", dtype="float32")
+processor = AutoProcessor.from_pretrained("data/scale_{name}")
 ```
 
 Images are shown at {tokens} vision tokens of 28 x 28 pixels, pages and crops alike. Stored in float16.
 
 ## What it can do
-MiniDocs test split: documents, entities, layout families and palettes that training never drew. Exact match
+MiniDocs test split: documents, entities, layout families and palettes that training never drew.{collection} Exact match
 of greedy replies to the benchmark's single-hop questions, one image and one question at a time; intervals by
 bootstrap over questions.
 
 {table}
 
-Every answer is in `results/laptop/scale_model/policy/perception_probes.csv`.
+Every answer is in `results/laptop/scale_model/{name}/perception_probes.csv`.
 
 ## How it was made
-`vrag scale-model policy`, seed {seed}, from random weights, on generated images alone (no photographs, no
+`vrag scale-model policy{settings}`, seed {seed}, from random weights, on generated images alone (no photographs, no
 scraped text, no other model): {stages}. First the vision tower learns to tell, cell by cell, the characters of
 pages of random text and the characters and words of MiniDocs training pages, with the boxes of what those words name;
 then the language model learns to read through the fixed tower, some of its heads shown where to look; then everything
-is trained together; then the language model learns to write words of a question again, as others can, and last to do
-all of this in conversations about several texts and images.
-Curves are in `results/laptop/scale_model/policy/`, settings and versions in `training.json`.
+is trained together; then the language model learns to write words of a question again, as others can, and to do
+all of this in conversations about several texts and images.{more}
+Curves are in `results/laptop/scale_model/{name}/`, settings and versions in `training.json`.
 {note}
 ## Limits
 English words of MiniDocs and numbers only; Latin characters in DejaVu faces; no photographs. Not for any use

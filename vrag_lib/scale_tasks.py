@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from PIL import Image
 
-from vrag_lib.actions import format_box
+from vrag_lib.actions import format_box, quote_page
 from vrag_lib.geometry import PATCH, Box, Size, View, render
 from vrag_lib.minidocs_canvas import text_width, union
 from vrag_lib.minidocs_content import BOARDS, FIGURE_NAMES, FLOWS, MEASURES, SHORT_MONTHS
@@ -35,6 +35,15 @@ ABOUT, COLUMN = "What is asked for: ", "Figure, change or share: "
 IT_WHERE, IT_WHAT = ("Where is it?", "Where does the page say it?"), ("What is it?", "Read it.")
 SAY_WHERE = ("{} is here: ", "{} is in this box: ", "{}, here: ")
 SAY_WHAT = ("{} is ", "{}: ", "The page says: {} is ")
+
+LEGIBLE_EM = 14
+"""Em height in shown pixels from which all values of a whole page of text are asked for."""
+
+QUOTED_CHARS = 2048
+"""Most characters of a page that is quoted."""
+
+PAGE_KINDS = ((), ("text",), ("board", "flow"))
+"""Kinds of pages that samples may be drawn from: any, those of text, those of cards."""
 
 _MEASURES = {measure.name: measure for measure in MEASURES}
 _CAPTIONS = {board.title: board.caption for board in (*BOARDS, *FLOWS)}
@@ -155,11 +164,15 @@ def _distance(a: Box, b: Box) -> float:
     return math.hypot(a.x1 + a.x2 - b.x1 - b.x2, a.y1 + a.y2 - b.y1 - b.y2) / 2
 
 
+def shown_em(px: float, view: View) -> float:
+    """The em height in shown pixels of print that is `px` raw pixels high."""
+    return px * view.shown.height / view.box.height
+
+
 def visible_text(page: MiniPage, view: View, least_em: float) -> str:
     """The runs of text that lie inside a view and are shown at `least_em` pixels or more: lines from top to bottom,
     runs of one line from left to right."""
-    scale = view.shown.height / view.box.height
-    found = [t for t in page.canvas.texts if t.font.px * scale >= least_em and _inside(t.box, view.box)]
+    found = [t for t in page.canvas.texts if shown_em(t.font.px, view) >= least_em and _inside(t.box, view.box)]
     lines: list[list] = []
     for text in sorted(found, key=lambda t: (t.baseline, t.x)):
         if lines and abs(lines[-1][0].baseline - text.baseline) <= 0.5 * min(text.font.px, lines[-1][0].font.px):
@@ -171,10 +184,9 @@ def visible_text(page: MiniPage, view: View, least_em: float) -> str:
 
 def words(page: MiniPage, view: View, least_em: float = 9) -> dict[str, list[Box]]:
     """Words without digits that a view shows whole and at `least_em` pixels or more, and where (shown pixels)."""
-    scale = view.shown.height / view.box.height
     found: dict[str, list[Box]] = {}
     for text in page.canvas.texts:
-        if text.font.px * scale < least_em:
+        if shown_em(text.font.px, view) < least_em:
             continue
         start = 0
         for word in text.string.split(" "):
@@ -278,7 +290,9 @@ class PageSamples:
             turns.append(Asked("items", ITEMS, ", ".join(dict.fromkeys(label_of(fact) for fact in page.facts))))
         asked = [self.place_question(view) for _ in range(6)]
         turns += {turn.answer: turn for turn in asked}.values()
-        if rng.random() < (0.7 if page.kind in ("text", "cover") else 0.05):
+        if page.kind == "text" and shown_em(self.document.style.text_px, view) >= LEGIBLE_EM:
+            turns += [self.value_question("page", view, fact) for fact in page.facts]
+        elif rng.random() < (0.7 if page.kind in ("text", "cover") else 0.05):
             turns.append(self.value_question("page", view, rng.choice(page.facts)))
         return self._sample(view, turns)
 
@@ -305,7 +319,7 @@ class PageSamples:
         too small for figures, the crop of one fact."""
         rng, page = self.rng, self.page
         view, chosen = self.several_view()
-        least_em = min(t.font.px for t in page.canvas.texts) * view.shown.height / view.box.height
+        least_em = shown_em(min(t.font.px for t in page.canvas.texts), view)
         turns = []
         for fact in rng.sample(chosen, min(len(chosen), 3)):
             if least_em >= 9 and _inside(fact.region_box, view.box, slack=4):
@@ -391,6 +405,13 @@ class PageSamples:
         name = {WHAT: "measure", ABOUT: "about"}.get(kind, "copy")
         return Asked(name, kind + question, " ".join(parts), echoes=echoes)
 
+    def quoted(self) -> Sample:
+        """The page as text, quoted as the environment does it, and a value on it asked for; no image."""
+        fact = self.rng.choice([fact for fact in self.page.facts if fact.column != "heading"])
+        text = quote_page("\n".join(line for line, _ in self.page.lines), QUOTED_CHARS)
+        asked = f"{text}\n{self.question(fact)}"
+        return Sample(None, (Asked("quoted " + fact.element, asked, fact.value, echoes=((fact.value, fact.value),)),))
+
     def told(self, asked: Asked, fact: Fact) -> Asked:
         """The same asked without naming it, after the question was put before: the reply names it, by its column and
         its item."""
@@ -444,14 +465,28 @@ MIX = {"whole": 1, "crop": 2, "several": 1, "close": 0, "language": 0.5, "conver
 questions, conversations about several images."""
 
 
+def draw_page(
+    rng: random.Random, split: str, config: MiniDocsConfig, shares: Sequence[float] = ()
+) -> tuple[MiniDocument, MiniPage]:
+    """A page of an ever new document; `shares` say how often it is of each of `PAGE_KINDS`. None: of any."""
+    document = build_document(config, split, rng.randrange(1_000_000))
+    kinds = rng.choices(PAGE_KINDS, shares)[0] if shares else ()
+    numbers = [number for number, plan in enumerate(document.plan, 1) if not kinds or plan.kind in kinds]
+    return document, document.page(numbers[rng.randint(1, len(numbers)) - 1])
+
+
 def draw_samples(
-    rng: random.Random, split: str, pages: int, config: MiniDocsConfig, mix: Mapping[str, float] = MIX
+    rng: random.Random,
+    split: str,
+    pages: int,
+    config: MiniDocsConfig,
+    mix: Mapping[str, float] = MIX,
+    shares: Sequence[float] = (),
 ) -> list[Sample]:
-    """Samples from each of `pages` pages of ever new documents, of every kind `mix` on average."""
+    """Samples from each of `pages` pages (`draw_page`), of every kind `mix` on average."""
     samples = []
     for _ in range(pages):
-        document = build_document(config, split, rng.randrange(1_000_000))
-        page = document.page(rng.randint(1, len(document.plan)))
+        document, page = draw_page(rng, split, config, shares)
         maker = PageSamples(document, page, rng)
         for kind, wanted in mix.items():
             samples += [getattr(maker, kind)() for _ in range(int(wanted + rng.random()))]

@@ -12,6 +12,11 @@ Not part of the paper, whose models come trained. Five stages, each resumable, e
    reading through the fixed tower;
 5. conversing: the same in conversations, where texts are asked about before images, and images follow one another.
 
+Where pages of text can be read whole (`MiniDocsConfig.text_px`), two more:
+
+6. sharpening: the tower alone, as in the first stage, with many more cells in each step;
+7. finishing: everything together on everything, text quoted from pages among it.
+
 Trained on documents of the training split only, which are drawn on the spot and never repeat; the validation split
 draws the curves; the test split is used by `scale_evaluate` alone.
 """
@@ -20,7 +25,7 @@ from __future__ import annotations
 
 import random
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +39,7 @@ from vrag_lib.scale_loop import Counts, Schedule, Tally, process_rank, train, wa
 from vrag_lib.scale_matching import begin_with_codes, begin_with_copying
 from vrag_lib.scale_policy import build_model, build_processor
 from vrag_lib.scale_reading import Batch, float32_attention, make_batch, naming_loss, reading_loss
-from vrag_lib.scale_tasks import draw_samples
+from vrag_lib.scale_tasks import MIX, draw_samples
 from vrag_lib.scale_vision import Images, OnDevice, arrange, encode_images, patchify
 from vrag_lib.torch_setup import ensure_torchvision, keep_freed_memory
 
@@ -45,9 +50,24 @@ READING_MIX = {"whole": 1.0, "several": 0.7, "crop": 2.5, "close": 2.0}
 JOINT_MIX = {"whole": 1.0, "several": 0.7, "crop": 2.5, "close": 0.5}
 COPYING_MIX = {"whole": 0.7, "several": 0.5, "crop": 1.5, "close": 0.5, "language": 3.0}
 CONVERSING_MIX = {"whole": 0.4, "several": 0.2, "crop": 0.7, "close": 0.2, "language": 1.5, "conversation": 1.8}
-MIXES = {"reading": READING_MIX, "joint": JOINT_MIX, "copying": COPYING_MIX, "conversing": CONVERSING_MIX}
-"""Samples per page while the language model learns to read, while all is trained, and while it learns to copy and to
-converse."""
+FINISHING_MIX = {
+    "whole": 1.5, "several": 0.3, "crop": 2.5, "close": 0.3, "language": 0.4, "quoted": 0.6, "conversation": 0.6,
+}  # fmt: skip
+MIXES = {
+    "reading": READING_MIX, "joint": JOINT_MIX, "copying": COPYING_MIX, "conversing": CONVERSING_MIX,
+    "finishing": FINISHING_MIX,
+}  # fmt: skip
+"""Samples per page while the language model learns to read, while all is trained, while it learns to copy and to
+converse, and in the end."""
+
+KINDS = {"sharpening": (0.5, 0.3, 0.2), "finishing": (0.5, 0.3, 0.2)}
+"""How often stages draw pages of any kind, of text and of cards; the others draw any."""
+
+WIDER = {
+    "sharpening": {"cells_per_step": 2.5, "cell_pages_per_step": 2},
+    "finishing": {"pages_per_step": 1.5, "parts_per_step": 1.5},
+}
+"""Sizes of steps that are larger in a stage than the recipe says, and how many times."""
 
 NAMING_PAGES = 4
 """Pages whose words are looked for in each step of reading."""
@@ -58,6 +78,9 @@ dense losses."""
 
 EM_RANGE = (10, 44)
 """Em heights of the pages of random text, shown pixels: from labels on whole pages to sentences in crops."""
+
+SHARPENING_EMS = (11, 30)
+"""The same in the last two stages."""
 
 EASY_EM = 20
 """Least em height at the start of the dense stage; it falls to `EM_RANGE[0]` in the first half."""
@@ -151,12 +174,16 @@ class Trained:
             heads = character_head(width), cell_heads(width, len(tokenizer))
         return cls(model, tokenizer, *(head.to(device) for head in heads))
 
-    def dense_batch(self, rng: random.Random, done: float, recipe: PolicyTraining) -> DenseBatch:
-        """Data for when a share `done` of the dense stage is over: random text alone, then MiniDocs pages too."""
-        if done < RANDOM_SHARE:
+    def dense_batch(self, rng: random.Random, done: float, recipe: PolicyTraining, stage: str = "dense") -> DenseBatch:
+        """Data for when a share `done` of the dense stage is over: random text alone, then MiniDocs pages too; in the
+        last two stages always both."""
+        last = stage in KINDS
+        if done < RANDOM_SHARE and not last:
             return character_batch(rng, em_range(done), recipe.cells_per_step * 3 // 2), None
-        cells = cell_batch(rng, self.tokenizer, MiniDocsConfig(), recipe.cell_pages_per_step)
-        return character_batch(rng, em_range(done), recipe.cells_per_step), cells
+        cells = cell_batch(
+            rng, self.tokenizer, recipe.minidocs, recipe.cell_pages_per_step, shares=KINDS.get(stage, ())
+        )
+        return character_batch(rng, SHARPENING_EMS if last else em_range(done), recipe.cells_per_step), cells
 
     def dense_loss(self, batch: DenseBatch, device: str) -> tuple[torch.Tensor, Counts]:
         """Of characters on random pages and of everything on MiniDocs pages."""
@@ -169,11 +196,13 @@ class Trained:
         return loss + of_cells, {**counts, **more}
 
 
-def dense_stage(trained: Trained, recipe: PolicyTraining, folder: Path, curve: Path, device: str, workers: int) -> None:
-    """Stage 1: the vision tower learns to tell what every cell shows."""
+def dense_stage(
+    name: str, trained: Trained, recipe: PolicyTraining, folder: Path, curve: Path, device: str, workers: int
+) -> None:
+    """Stages 1 and 6, `dense` and `sharpening`: the vision tower learns to tell what every cell shows."""
     import torch
 
-    schedule, seed, visual = recipe.dense, recipe.seed, trained.model.model.visual
+    schedule, seed, visual = getattr(recipe, name), recipe.seed, trained.model.model.visual
     random_pages = {
         em: [
             character_batch(random.Random(f"{seed}/held out/{em[0]}/{i}"), em, HELD_OUT_CELLS).to(device)
@@ -182,18 +211,19 @@ def dense_stage(trained: Trained, recipe: PolicyTraining, folder: Path, curve: P
         for em in HELD_OUT_EMS
     }
     pages = [
-        cell_batch(
-            random.Random(f"{seed}/held out cells/{i}"), trained.tokenizer, MiniDocsConfig(), 4, "validation"
-        ).to(device)
+        cell_batch(random.Random(f"{seed}/held out cells/{i}"), trained.tokenizer, recipe.minidocs, 4, "validation").to(
+            device
+        )
         for i in range(HELD_OUT_BATCHES)
     ]
 
     def batch_of_step(number: int) -> DenseBatch:
-        rng = random.Random(f"{seed}/dense/{number}")
-        return trained.dense_batch(rng, number / process_rank()[1] / schedule.steps, recipe)
+        rng = random.Random(f"{seed}/{name}/{number}")
+        return trained.dense_batch(rng, number / process_rank()[1] / schedule.steps, recipe, name)
 
     def loss_of_batch(batch: DenseBatch) -> tuple[torch.Tensor, Counts]:
-        return trained.dense_loss(batch, device)
+        with recipe.autocast(device) if name == "sharpening" else nullcontext():
+            return trained.dense_loss(batch, device)
 
     def evaluate() -> dict[str, float]:
         tally = Tally()
@@ -208,23 +238,26 @@ def dense_stage(trained: Trained, recipe: PolicyTraining, folder: Path, curve: P
         return tally.rates()
 
     modules = {"visual": visual, "characters": trained.characters, "cells": trained.cells}
-    train("dense", modules, batch_of_step, loss_of_batch, schedule, folder, curve, evaluate, 400, workers)
+    train(name, modules, batch_of_step, loss_of_batch, schedule, folder, curve, evaluate, 400, workers)
 
 
 def reading_stage(
     name: str, trained: Trained, recipe: PolicyTraining, folder: Path, curve: Path, device: str, workers: int
 ) -> None:
-    """Stages 2 to 5, `reading`, `joint`, `copying`, `conversing`: titles, text, places and values on MiniDocs training
-    pages, and in the last two words of the questions. In `joint` everything is trained, and the dense stage's losses go
-    on beside; in the others the tower stays as it is."""
+    """Stages 2 to 5, `reading`, `joint`, `copying`, `conversing`, and 7, `finishing`: titles, text, places and values
+    on MiniDocs training pages, and from `copying` on words of the questions. In `joint` and `finishing` everything is
+    trained, and the dense stage's losses go on beside; in the others the tower stays as it is."""
     import torch
 
-    config, model, tokenizer = MiniDocsConfig(), trained.model, trained.tokenizer
-    schedule, seed, joint = getattr(recipe, name), recipe.seed, name == "joint"
+    config, model, tokenizer = recipe.minidocs, trained.model, trained.tokenizer
+    schedule, seed, joint = getattr(recipe, name), recipe.seed, name in ("joint", "finishing")
+    mix, kinds = MIXES[name], KINDS.get(name, ())
+    seen = MIX | ({"quoted": 1} if "quoted" in mix else {})
     held_out = [
-        make_batch(tokenizer, draw_samples(random.Random(f"{seed}/held out/{i}"), "validation", 3, config)).to(device)
+        make_batch(tokenizer, draw_samples(random.Random(f"{seed}/held out/{i}"), "validation", 3, config, seen, kinds))
         for i in range(HELD_OUT_BATCHES)
     ]
+    held_out = [batch.to(device) for batch in held_out]
     model.model.visual.requires_grad_(joint)
     if name == "reading":
         begin_with_codes(model, tokenizer, trained.cells)
@@ -233,12 +266,12 @@ def reading_stage(
 
     def batch_of_step(number: int) -> tuple[list[Batch], Batch, DenseBatch | None]:
         rng = random.Random(f"{seed}/{name}/{number}")
-        samples = draw_samples(rng, "train", recipe.pages_per_step, config, MIXES[name])
+        samples = draw_samples(rng, "train", recipe.pages_per_step, config, mix, kinds)
         samples.sort(key=lambda sample: sample.size)  # similar lengths together: less padding
         cuts = [len(samples) * i // recipe.parts_per_step for i in range(recipe.parts_per_step + 1)]
         parts = [make_batch(tokenizer, samples[start:end]) for start, end in pairwise(cuts) if start < end]
         words = make_batch(tokenizer, draw_samples(rng, "train", NAMING_PAGES, config, {"naming": 1}))
-        return parts, words, trained.dense_batch(rng, 1.0, recipe) if joint else None
+        return parts, words, trained.dense_batch(rng, 1.0, recipe, name) if joint else None
 
     def loss_of_batch(batch: tuple[list[Batch], Batch, DenseBatch | None]) -> tuple[torch.Tensor, Counts]:
         parts, words, dense = batch
@@ -271,8 +304,13 @@ def reading_stage(
 
 
 STAGES = ("dense", "reading", "joint", "copying", "conversing")
+LEGIBLE_STAGES = (*STAGES, "sharpening", "finishing")
+"""What the policy goes through, and where pages of text can be read whole."""
 
-SECONDS_PER_STEP = {"dense": 0.33, "reading": 0.65, "joint": 1.4, "copying": 0.65, "conversing": 2.2}
+SECONDS_PER_STEP = {
+    "dense": 0.33, "reading": 0.65, "joint": 1.4, "copying": 0.65, "conversing": 2.2, "sharpening": 1.0,
+    "finishing": 3.6,
+}  # fmt: skip
 """Seconds of one step of every stage of the small recipe on one core of a 2024 server with bfloat16 instructions, the
 other core as busy. (An EPYC of 2017 takes some three times as long.) `conversing` was timed on one of two hardware
 threads of such a core, the other busy."""
@@ -283,14 +321,16 @@ READING = Schedule(steps=3900, muon=0, adamw=1.5e-3, decay=0.3)
 JOINT = Schedule(steps=800, muon=5e-4, adamw=1e-3, decay=0.9)
 COPYING = Schedule(steps=1000, muon=0, adamw=7e-4, decay=0.6)
 CONVERSING = Schedule(steps=900, muon=0, adamw=7e-4, decay=0.6)
+SHARPENING = Schedule(steps=2400, muon=2.5e-3, adamw=2e-3, warmup=100, decay=0.8)
+FINISHING = Schedule(steps=800, muon=4e-4, adamw=5e-4, decay=0.95)
 
 
 @dataclass(frozen=True)
 class PolicyTraining:
-    """The recipe: optimizer steps and learning rates of the stages, cells of random text and MiniDocs pages per step of
-    the dense stage, MiniDocs pages per step of reading (each gives several samples), how many batches, one after the
-    other, a step's samples are divided into, and whether the language model's matrix products run in bfloat16 where the
-    processor can."""
+    """The recipe: optimizer steps and learning rates of the stages, the collection whose pages are drawn, cells of
+    random text and MiniDocs pages per step of the dense stage, MiniDocs pages per step of reading (each gives several
+    samples), how many batches, one after the other, a step's samples are divided into, and whether the language model's
+    matrix products run in bfloat16 where the processor can."""
 
     seed: int = 0
     dense: Schedule = DENSE
@@ -298,38 +338,57 @@ class PolicyTraining:
     joint: Schedule = JOINT
     copying: Schedule = COPYING
     conversing: Schedule = CONVERSING
+    sharpening: Schedule = SHARPENING
+    finishing: Schedule = FINISHING
+    minidocs: MiniDocsConfig = field(default_factory=MiniDocsConfig)
     cells_per_step: int = 200
     cell_pages_per_step: int = 2
     pages_per_step: int = 2
     parts_per_step: int = 2
     bfloat16: bool = True
 
-    @classmethod
-    def of_hours(cls, hours: float, seed: int = 0) -> PolicyTraining:
-        """The small recipe cut, or stretched, to about `hours` on a 2024 server (`SECONDS_PER_STEP`); every stage
-        keeps its share. The number of steps depends on `hours` alone.
+    @property
+    def name(self) -> str:
+        """What it makes: `policy`, or `policy_legible` where pages of text can be read whole."""
+        return "policy" if self.minidocs.text_px is None else "policy_legible"
 
-        >>> PolicyTraining.of_hours(3).reading.steps
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The names of its stages, in order."""
+        return STAGES if self.name == "policy" else LEGIBLE_STAGES
+
+    def in_stage(self, name: str) -> PolicyTraining:
+        """The recipe with the sizes of a stage's steps (`WIDER`).
+
+        >>> PolicyTraining().in_stage("sharpening").cells_per_step, PolicyTraining().in_stage("joint").cells_per_step
+        (500, 200)
+        """
+        return replace(self, **{size: int(getattr(self, size) * times) for size, times in WIDER.get(name, {}).items()})
+
+    def of_hours(self, hours: float) -> PolicyTraining:
+        """The recipe cut, or stretched, to about `hours` on a 2024 server (`SECONDS_PER_STEP`); every stage keeps its
+        share. The number of steps depends on `hours` alone.
+
+        >>> PolicyTraining().of_hours(3).reading.steps
         5179
         """
-        whole = cls(seed=seed)
-        stages = {name: getattr(whole, name) for name in SECONDS_PER_STEP}
+        stages = {name: getattr(self, name) for name in self.stages}
         factor = hours * 3600 / sum(stage.steps * SECONDS_PER_STEP[name] for name, stage in stages.items())
         return replace(
-            whole, **{name: replace(stage, steps=max(1, round(stage.steps * factor))) for name, stage in stages.items()}
+            self, **{name: replace(stage, steps=max(1, round(stage.steps * factor))) for name, stage in stages.items()}
         )
 
-    @classmethod
-    def large(cls, seed: int = 0) -> PolicyTraining:
+    def large(self) -> PolicyTraining:
         """The recipe with steps eight times as wide, for an accelerator. Not run to its end yet."""
-        small = cls(seed=seed)
         return replace(
-            small,
-            dense=replace(small.dense, steps=4000),
-            reading=replace(small.reading, steps=1500),
-            joint=replace(small.joint, steps=3000, muon=1e-3),
-            copying=replace(small.copying, steps=500),
-            conversing=replace(small.conversing, steps=500),
+            self,
+            dense=replace(self.dense, steps=4000),
+            reading=replace(self.reading, steps=1500),
+            joint=replace(self.joint, steps=3000, muon=1e-3),
+            copying=replace(self.copying, steps=500),
+            conversing=replace(self.conversing, steps=500),
+            sharpening=replace(self.sharpening, steps=1000),
+            finishing=replace(self.finishing, steps=400),
             cells_per_step=1920,
             pages_per_step=12,
             cell_pages_per_step=12,
@@ -363,12 +422,9 @@ def train_policy(
     tokenizer = processor.tokenizer
     trained = Trained.new(tokenizer, recipe.seed, device)
     folder = work
-    for stage in STAGES:
-        curve = results / f"curve_{stage}.csv"
-        if stage == "dense":
-            dense_stage(trained, recipe, folder, curve, device, workers)
-        else:
-            reading_stage(stage, trained, recipe, folder, curve, device, workers)
+    for stage in recipe.stages:
+        train_stage = dense_stage if stage in ("dense", "sharpening") else reading_stage
+        train_stage(stage, trained, recipe.in_stage(stage), folder, results / f"curve_{stage}.csv", device, workers)
         # Later stages start from what the earlier ones ended with: another length of those is another start.
         folder = folder / f"after_{getattr(recipe, stage).steps}_{stage}"
     if process_rank()[0] == 0:

@@ -141,7 +141,9 @@ def encode_images(visual: Any, images: Images) -> torch.Tensor:
         rotated = qk * cos + torch.cat([-qk[..., dim // 2 :], qk[..., : dim // 2]], -1) * sin
         parts = torch.cat([rotated, qkv[:, 2:]], 1).flatten(1).index_select(0, layout.index.flatten())
         q, k, v = parts.view(*layout.index.shape, 3, heads, dim).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=layout.mask).transpose(1, 2)
+        with torch.autocast(x.device.type, enabled=False):  # on processors several times slower in bfloat16
+            mixed = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=layout.mask)
+        mixed = mixed.transpose(1, 2)
         x = x + block.attn.proj(mixed.reshape(-1, heads * dim).index_select(0, layout.back))
         x = x + block.mlp(norm(x, block.norm2))
     return visual.merger(x)
