@@ -662,6 +662,17 @@ def test_all_values_of_a_legible_page_of_text_are_asked_for_and_pages_are_drawn_
     assert draw_page(random.Random(5), "train", large)[1].number == before.randint(1, len(document.plan))
 
 
+@pytest.mark.parametrize(("pages", "count"), [(1, 3), (3, 3), (1, 1), (2, 2)])
+def test_every_part_of_a_step_holds_an_image(pages, count):
+    from vrag_lib.scale_training import FINISHING_MIX, parts_of
+
+    for step in range(20):
+        drawn = draw_samples(random.Random(step), "train", pages, MiniDocsConfig(), FINISHING_MIX | {"quoted": 1})
+        parts = parts_of(drawn, count)
+        assert sorted(id(sample) for part in parts for sample in part) == sorted(map(id, drawn))
+        assert len(parts) == count and all(any(sample.images for sample in part) for part in parts)
+
+
 def test_the_saved_policy_loads_through_the_auto_classes(built, tmp_path):
     from transformers import AutoModelForImageTextToText, AutoProcessor
 

@@ -468,7 +468,7 @@ questions, conversations about several images."""
 def draw_page(
     rng: random.Random, split: str, config: MiniDocsConfig, shares: Sequence[float] = ()
 ) -> tuple[MiniDocument, MiniPage]:
-    """A page of an ever new document; `shares` say how often it is of each of `PAGE_KINDS`. None: of any."""
+    """A page of an ever new document; `shares` say how often it is of each of `PAGE_KINDS`; without them, of any."""
     document = build_document(config, split, rng.randrange(1_000_000))
     kinds = rng.choices(PAGE_KINDS, shares)[0] if shares else ()
     numbers = [number for number, plan in enumerate(document.plan, 1) if not kinds or plan.kind in kinds]

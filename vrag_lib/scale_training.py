@@ -24,6 +24,7 @@ draws the curves; the test split is used by `scale_evaluate` alone.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -39,7 +40,7 @@ from vrag_lib.scale_loop import Counts, Schedule, Tally, process_rank, train, wa
 from vrag_lib.scale_matching import begin_with_codes, begin_with_copying
 from vrag_lib.scale_policy import build_model, build_processor
 from vrag_lib.scale_reading import Batch, float32_attention, make_batch, naming_loss, reading_loss
-from vrag_lib.scale_tasks import MIX, draw_samples
+from vrag_lib.scale_tasks import MIX, Sample, draw_samples
 from vrag_lib.scale_vision import Images, OnDevice, arrange, encode_images, patchify
 from vrag_lib.torch_setup import ensure_torchvision, keep_freed_memory
 
@@ -267,9 +268,7 @@ def reading_stage(
     def batch_of_step(number: int) -> tuple[list[Batch], Batch, DenseBatch | None]:
         rng = random.Random(f"{seed}/{name}/{number}")
         samples = draw_samples(rng, "train", recipe.pages_per_step, config, mix, kinds)
-        samples.sort(key=lambda sample: sample.size)  # similar lengths together: less padding
-        cuts = [len(samples) * i // recipe.parts_per_step for i in range(recipe.parts_per_step + 1)]
-        parts = [make_batch(tokenizer, samples[start:end]) for start, end in pairwise(cuts) if start < end]
+        parts = [make_batch(tokenizer, part) for part in parts_of(samples, recipe.parts_per_step)]
         words = make_batch(tokenizer, draw_samples(rng, "train", NAMING_PAGES, config, {"naming": 1}))
         return parts, words, trained.dense_batch(rng, 1.0, recipe, name) if joint else None
 
@@ -301,6 +300,14 @@ def reading_stage(
     modules = {"model": model} | ({"characters": trained.characters, "cells": trained.cells} if joint else {})
     with float32_attention(model.model.language_model) if device == "cpu" else nullcontext():
         train(name, modules, batch_of_step, loss_of_batch, schedule, folder, curve, evaluate, 200, workers)
+
+
+def parts_of(samples: Sequence[Sample], count: int) -> list[list[Sample]]:
+    """The samples of a step in at most `count` parts of equal numbers. Similar lengths stand together, which pads
+    less; those without images stand last, beside long ones that have some, for every part needs an image."""
+    ordered = sorted(samples, key=lambda sample: (not sample.images, sample.size))
+    cuts = [len(ordered) * i // count for i in range(count + 1)]
+    return [ordered[start:end] for start, end in pairwise(cuts) if start < end]
 
 
 STAGES = ("dense", "reading", "joint", "copying", "conversing")
