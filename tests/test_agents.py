@@ -10,12 +10,13 @@ from helpers import FailingRetriever, FakeRetriever
 
 from vrag_lib.actions import ActionKind, Invalid, InvalidReason, format_reply, parse_reply
 from vrag_lib.agents import AGENTS, Agent, agent_environment, find_agent, questions_for
-from vrag_lib.config import ConfigError, EnvironmentConfig, load_config
+from vrag_lib.config import ConfigError, EnvironmentConfig
 from vrag_lib.corpus import Corpus, Document, Page, Question, TextLine
 from vrag_lib.environment import Environment
 from vrag_lib.geometry import Box, Size, iou
 from vrag_lib.policy import ScriptedPolicy
 from vrag_lib.policy_extractive import ExtractivePolicy, read_question
+from vrag_lib.presets import load_config
 from vrag_lib.rewards import score
 from vrag_lib.rollout import rollout
 from vrag_lib.trajectory import StopReason, read_trajectories, write_trajectories

@@ -7,8 +7,8 @@ from pdf_files import words_pdf
 
 from vrag_lib.ask import ask
 from vrag_lib.cli import main
-from vrag_lib.config import load_config
 from vrag_lib.document_files import CorpusError
+from vrag_lib.presets import load_config
 
 
 @pytest.fixture

@@ -14,7 +14,8 @@ torch = pytest.importorskip("torch")
 
 from vrag_lib import bench_agent, bench_rollout, bench_trl  # noqa: E402
 from vrag_lib.bench_agent import OURS, STOCK, random_scale_policy  # noqa: E402
-from vrag_lib.config import PolicyConfig, load_config  # noqa: E402
+from vrag_lib.config import PolicyConfig  # noqa: E402
+from vrag_lib.presets import load_config  # noqa: E402
 from vrag_lib.sft import SFTConfig, train_sft  # noqa: E402
 from vrag_lib.stages import Collection  # noqa: E402
 

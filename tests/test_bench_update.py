@@ -14,8 +14,9 @@ torch = pytest.importorskip("torch")
 from vrag_lib import bench_update  # noqa: E402
 from vrag_lib.bench import BenchmarkError  # noqa: E402
 from vrag_lib.bench_agent import OURS, STOCK  # noqa: E402
-from vrag_lib.config import GRPOConfig, load_config  # noqa: E402
+from vrag_lib.config import GRPOConfig  # noqa: E402
 from vrag_lib.policy import ScriptedPolicy  # noqa: E402
+from vrag_lib.presets import load_config  # noqa: E402
 from vrag_lib.rollout import rollout  # noqa: E402
 from vrag_lib.stages import Collection  # noqa: E402
 

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from vrag_lib.claims import ClaimError, claim, depends_on, differences, model_fingerprint
-from vrag_lib.config import load_config
+from vrag_lib.presets import load_config
 
 
 def test_the_first_writes_and_others_are_named(tmp_path):

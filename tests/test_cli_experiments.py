@@ -13,8 +13,9 @@ from tiny_agent import random_checkpoint
 
 from vrag_lib.cli import build_parser, main
 from vrag_lib.cli_experiments import _judge
-from vrag_lib.config import ConfigError, load_config
+from vrag_lib.config import ConfigError
 from vrag_lib.factory import scale_policy
+from vrag_lib.presets import load_config
 from vrag_lib.torch_setup import ensure_torchvision
 from vrag_lib.training import lora_config
 

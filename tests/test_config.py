@@ -8,17 +8,16 @@ import json
 import pytest
 
 from vrag_lib.config import (
-    PRESETS,
     ConfigError,
     cache_dir,
     describe,
     from_dict,
-    load_config,
     provenance,
     read_config,
     save_config,
     to_dict,
 )
+from vrag_lib.presets import PRESETS, load_config
 
 
 def test_overrides_reach_nested_fields_with_their_types():

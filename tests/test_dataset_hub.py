@@ -18,11 +18,11 @@ from pdf_files import words_pdf
 
 from vrag_lib import dataset_hub
 from vrag_lib.cli import main
-from vrag_lib.config import load_config
 from vrag_lib.corpus_formats import load_dataset, load_questions
 from vrag_lib.dataset_hub import HUB_DATASETS, fetch_dataset, find_dataset
 from vrag_lib.document_files import CorpusError
 from vrag_lib.evaluate_datasets import open_datasets
+from vrag_lib.presets import load_config
 
 SECRET = "hf_never_to_be_written"
 

@@ -12,12 +12,13 @@ from chat_server import SECRET, running_server, say
 from pdf_files import words_pdf
 
 from vrag_lib.cli import main
-from vrag_lib.config import load_config, override, read_config
+from vrag_lib.config import override, read_config
 from vrag_lib.corpus_formats import write_unified
 from vrag_lib.document_files import CorpusError
 from vrag_lib.evaluate_datasets import evaluate_datasets, open_datasets
 from vrag_lib.minidocs import MiniDocs
 from vrag_lib.policy import ScriptedPolicy
+from vrag_lib.presets import load_config
 from vrag_lib.synthesis import SynthesisError
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data" / "mmlongbench_doc"

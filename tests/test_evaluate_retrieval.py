@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from pdf_files import PdfPage, write_pdf
 
 from vrag_lib import evaluate_retrieval as benchmark
-from vrag_lib.config import load_config
 from vrag_lib.corpus import Question
 from vrag_lib.corpus_formats import answerable, load_questions, write_unified
 from vrag_lib.document_files import CorpusError
@@ -23,6 +22,7 @@ from vrag_lib.evaluate_retrieval import (
     score_rankings,
     summarise,
 )
+from vrag_lib.presets import load_config
 from vrag_lib.retrieval import Hit
 from vrag_lib.text_retrieval import BM25Retriever
 

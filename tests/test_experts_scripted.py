@@ -7,12 +7,12 @@ import random
 import pytest
 
 from vrag_lib.actions import ActionKind, InvalidReason
-from vrag_lib.config import load_config
 from vrag_lib.experts import MultiExpertPolicy, Pointing
 from vrag_lib.experts_scripted import Flaws, ScriptedGrounder, ScriptedJudge, ScriptedPlanner, point
 from vrag_lib.geometry import Box, Size, View, iou
 from vrag_lib.judge import rule_judge
 from vrag_lib.minidocs import MiniDocs, MiniDocsConfig
+from vrag_lib.presets import load_config
 from vrag_lib.rollout import rollout
 from vrag_lib.scale_policy import BOX_STEP
 from vrag_lib.text_retrieval import BM25Retriever

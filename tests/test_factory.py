@@ -7,8 +7,9 @@ import dataclasses
 import pytest
 
 from vrag_lib import factory
-from vrag_lib.config import ConfigError, load_config
+from vrag_lib.config import ConfigError
 from vrag_lib.policy_chat import CheckpointError
+from vrag_lib.presets import load_config
 
 
 def test_without_the_repository_the_visual_retriever_is_refused_unless_random_will_do(tmp_path, monkeypatch):

@@ -26,7 +26,7 @@ from tiny_agent import (
     trained_checkpoint,
 )
 
-from vrag_lib.config import PRESETS
+from vrag_lib.presets import PRESETS
 from vrag_lib.rewards import score
 from vrag_lib.rollout import rollout
 from vrag_lib.trajectory import Trajectory, read_trajectories

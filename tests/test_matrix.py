@@ -18,12 +18,13 @@ from vrag_lib.actions import ActionKind
 from vrag_lib.agents import VANILLA_PAGES
 from vrag_lib.claims import ClaimError, claim, depends_on
 from vrag_lib.cli import main
-from vrag_lib.config import ConfigError, load_config, read_config, to_dict
+from vrag_lib.config import ConfigError, read_config, to_dict
 from vrag_lib.judge import rule_judge
 from vrag_lib.matrix import KEPT, Outcome, cell_folder, read_curves, read_records, read_rows, run_matrix, states
 from vrag_lib.matrix_cells import CELLS, CHAINS, FAMILIES, Cell, cell_config, find_cells
 from vrag_lib.matrix_training import FORMS, MatrixError, Workbench
 from vrag_lib.paper_numbers import ABLATIONS, EFFECTS
+from vrag_lib.presets import load_config
 from vrag_lib.rewards import RECIPES
 from vrag_lib.stages import training_questions
 from vrag_lib.trajectory import read_trajectories

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from vrag_lib.cli import main
-from vrag_lib.config import ConfigError, load_config
+from vrag_lib.config import ConfigError
 from vrag_lib.memory import GIB, expected_memory
+from vrag_lib.presets import load_config
 
 pytest.importorskip("torch")
 

@@ -12,8 +12,9 @@ from types import SimpleNamespace
 import nbformat
 import pytest
 
-from vrag_lib.config import Config, load_config
+from vrag_lib.config import Config
 from vrag_lib.notebooks import NotebookError, live_curves, notebook_paths, repository, reproduce, run_notebook
+from vrag_lib.presets import load_config
 from vrag_lib.training import MetricsFile
 
 NOTEBOOKS = notebook_paths()

@@ -26,10 +26,11 @@ from tiny_agent import (
 )
 
 from vrag_lib.actions import STOP_STRINGS
-from vrag_lib.config import PRESETS, ConfigError, RolloutConfig, from_dict, load_config, to_dict
+from vrag_lib.config import ConfigError, RolloutConfig, from_dict, to_dict
 from vrag_lib.environment import Environment
 from vrag_lib.factory import make_policy, make_sampler
 from vrag_lib.policy import Policy, Reply
+from vrag_lib.presets import PRESETS, load_config
 from vrag_lib.trajectory import StopReason, Trajectory, Turn
 
 torch = pytest.importorskip("torch")

@@ -11,11 +11,11 @@ from paper_rows import made_up, store
 from PIL import Image
 
 from vrag_lib.cli import main
-from vrag_lib.config import load_config
 from vrag_lib.matrix import MatrixError, cell_folder
 from vrag_lib.matrix_cells import CELLS
 from vrag_lib.paper_figures import FIGURES, draw_figures
 from vrag_lib.paper_tables import make_tables
+from vrag_lib.presets import load_config
 from vrag_lib.report import TEXTS, as_markdown, collapse, gold, legibility, verdicts, write_report
 
 

@@ -19,7 +19,7 @@ from tiny_agent import random_checkpoint
 from vrag_lib.actions import Action, ActionKind
 from vrag_lib.ask import ask
 from vrag_lib.claims import ClaimError
-from vrag_lib.config import ConfigError, load_config, override, read_config
+from vrag_lib.config import ConfigError, override, read_config
 from vrag_lib.corpus import document_stem
 from vrag_lib.document_files import CorpusError
 from vrag_lib.environment import Environment
@@ -30,6 +30,7 @@ from vrag_lib.judge import rule_judge
 from vrag_lib.matrix_training import Workbench
 from vrag_lib.policy import ScriptedPolicy
 from vrag_lib.policy_transformers import CheckpointError, TransformersPolicy
+from vrag_lib.presets import load_config
 from vrag_lib.rewards import RewardRecipe
 from vrag_lib.stages import (
     collection,

@@ -29,7 +29,8 @@ from vrag_lib.cli_options import (
     read_policy_config,
     retriever_settings,
 )
-from vrag_lib.config import EXPERIMENTS, PRESETS, cache_dir, describe
+from vrag_lib.config import cache_dir, describe
+from vrag_lib.presets import EXPERIMENTS, PRESETS
 
 
 def build_parser() -> argparse.ArgumentParser:

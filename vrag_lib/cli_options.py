@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vrag_lib.config import PRESETS, Config, ConfigError, load_config, override
+from vrag_lib.config import Config, ConfigError, override
+from vrag_lib.presets import PRESETS, load_config
 
 if TYPE_CHECKING:
     import pandas as pd

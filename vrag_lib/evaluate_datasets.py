@@ -216,7 +216,7 @@ def _made_with(config: Config) -> dict[str, Any]:
     named = asdict(config.policy)
     settings = {key: named[key] for key in named if key not in ("batch_size", "device", "api_key_env", "base_url")}
     if config.policy.kind == "transformers":
-        settings["model"] = model_fingerprint(str(config.policy.model or scale_policy()))
+        settings["model"] = model_fingerprint(str(config.policy.model or scale_policy(config)))
     found = {"policy_settings": settings}
     if config.retrieval.kind == "visual":
         found["retrieval_model"] = model_fingerprint(str(config.retrieval.model or SCALE_RETRIEVER))

@@ -12,7 +12,7 @@ from vrag_lib.corpus import Corpus
 from vrag_lib.policy import Policy
 from vrag_lib.policy_chat import CheckpointError
 from vrag_lib.retrieval import Retriever
-from vrag_lib.scale_policy import AGENT, COLD_START, MAX_PIXELS, WEIGHTS
+from vrag_lib.scale_policy import AGENT, COLD_START, LEGIBLE, MAX_PIXELS, WEIGHTS
 from vrag_lib.torch_setup import ensure_torchvision
 
 if TYPE_CHECKING:
@@ -112,9 +112,12 @@ def laptop_colqwen2(allow_random: bool = False) -> Path:
     return build_tiny_colqwen2(cache_dir() / "models" / "tiny-colqwen2")
 
 
-def scale_policy() -> Path | None:
-    """The scale policy that the repository ships: what the laptop's experiment starts from; None where it is absent."""
-    return WEIGHTS if (WEIGHTS / "config.json").is_file() else None
+def scale_policy(config: Config | None = None) -> Path | None:
+    """The scale policy that the repository ships: what the laptop's experiment starts from, for the size of print that
+    the config's MiniDocs have (default: their own); None where it is absent."""
+    large = config is not None and config.minidocs.text_px is not None
+    weights = LEGIBLE if large else WEIGHTS
+    return weights if (weights / "config.json").is_file() else None
 
 
 def scale_cold_start() -> Path | None:
@@ -149,7 +152,7 @@ def _policy_model(config: Config) -> str | Path | None:
     """The checkpoint that is named, else the scale policy where pages are shown at its size: it reads MiniDocs alone,
     and pages of other documents are shown larger."""
     fits = config.environment.max_pixels <= MAX_PIXELS
-    return config.policy.model or (scale_policy() if fits else None)
+    return config.policy.model or (scale_policy(config) if fits else None)
 
 
 def make_policy(corpus: Corpus, config: Config) -> Policy:

@@ -57,7 +57,7 @@ FORMS = {
 }
 """Agents whose trajectories the stages `format` and `gold` learn from, equally many of each."""
 
-FORMAT_TRAJECTORIES = {"laptop": 400}
+FORMAT_TRAJECTORIES = {"laptop": 400, "laptop_legible": 400}
 """Trajectories of the stage `format` by preset, of all forms together. Other presets start from an instruct model, and
 need neither it nor `gold`."""
 
@@ -139,7 +139,7 @@ class Workbench:
 
     def raw(self) -> str:
         """The policy before any stage. Raises ConfigError where there is none."""
-        model = self.config.policy.model or scale_policy()
+        model = self.config.policy.model or scale_policy(self.config)
         if not model:
             raise ConfigError(
                 "the matrix needs a policy that can be trained: `vrag scale-model policy` makes the laptop's, "

@@ -21,7 +21,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from vrag_lib.config import Config, ConfigError, load_config, save_config, to_dict
+from vrag_lib.config import Config, ConfigError, save_config, to_dict
+from vrag_lib.presets import load_config
 
 
 class NotebookError(RuntimeError):

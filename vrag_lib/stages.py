@@ -297,7 +297,7 @@ def fine_tune(
     from vrag_lib.training import check_checkpoint, use_own_card
 
     use_own_card()
-    model = checkpoint or config.policy.model or scale_policy()
+    model = checkpoint or config.policy.model or scale_policy(config)
     if not model:
         raise ConfigError("fine-tuning needs policy.model=, a path or hub id of a Qwen2-VL-type model")
     check_checkpoint(model)
