@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from dataclasses import replace
@@ -90,6 +91,20 @@ def test_the_gate_zeroes_a_right_answer_without_a_search_and_stands_beside_the_j
 
     found = row(ONE_REPLY, judge=broken)
     assert math.isnan(found["judge"]) and found["judge_gated"] == 0
+
+
+def test_one_of_several_accepted_answers_is_enough_for_the_judge():
+    several = dataclasses.replace(QUESTION, reference_answer="seven", extra={"answers": ["7 units", "seven"]})
+    assert row(ONE_REPLY, several)["judge"] == 1
+    assert row(["<answer>eight</answer>"], several)["judge"] == 0
+
+    def fails_on_units(query, reference, answer):
+        if "units" in reference:
+            raise OSError("gone")
+        return reference == answer
+
+    assert row(ONE_REPLY, several, judge=fails_on_units)["judge"] == 1
+    assert math.isnan(row(["<answer>eight</answer>"], several, judge=fails_on_units)["judge"])
 
 
 def test_an_element_may_be_missing_or_spelt_loosely():

@@ -137,14 +137,15 @@ def test_the_shipped_trajectories_are_those_that_the_matrix_asks_for():
     assert depends_on(shipped, "synthesis") == depends_on(CONFIG, "synthesis")
 
 
-RECORDED = sorted((Path(__file__).parent.parent / "results/laptop/matrix").glob("*/seed_*/settings.json"))
+RECORDED = sorted((Path(__file__).parent.parent / "results").glob("laptop*/matrix/*/seed_*/settings.json"))
 
 
-@pytest.mark.parametrize("path", RECORDED, ids=lambda path: "-".join(path.parts[-3:-1]))
+@pytest.mark.parametrize("path", RECORDED, ids=lambda path: "-".join([path.parts[-5], *path.parts[-3:-1]]))
 def test_finished_cells_are_those_of_the_settings_of_today(path):
     """A setting that came to be after a cell was run is recorded as None there, which has to be its default."""
     recorded = json.loads(path.read_text())
-    config = cell_config(CELLS[recorded["cell"]["name"]], CONFIG)
+    preset = load_config(path.parts[-5], experiment=True)
+    config = cell_config(CELLS[recorded["cell"]["name"]], preset)
     config = dataclasses.replace(config, policy=dataclasses.replace(config.policy, temperature=0.0))
     stages = [stage for stage in recorded["config"] if stage not in ("minidocs", "data_seed", "smoke")]
     assert recorded["config"].get("synthesis", {}).get("dataset") is None
@@ -400,7 +401,7 @@ def test_the_command(tmp_path, capsys):
 def test_a_matrix_without_a_policy_says_what_makes_one(tmp_path, monkeypatch):
     import vrag_lib.matrix_training as training
 
-    monkeypatch.setattr(training, "scale_policy", lambda: None)
+    monkeypatch.setattr(training, "scale_policy", lambda config: None)
     with pytest.raises(ConfigError, match="vrag scale-model policy"):
         run_matrix(load_config("laptop", [f"results={tmp_path}"], experiment=True))
     assert Cell("x", "").find_agent().name == "vrag_rl"

@@ -91,8 +91,12 @@ def test_without_vllm_the_error_says_what_helps(monkeypatch):
 def test_gpu_presets_roll_out_in_vllm_and_the_others_in_the_model_under_training():
     """All weights of 7B, gathered in float32 on each card, leave an engine no room (`test_memory`)."""
     assert {name: config.rollout.engine for name, config in PRESETS.items()} == {
-        "laptop": "transformers", "gpu_3b": "vllm", "gpu_7b": "vllm", "paper": "transformers",
-    }  # fmt: skip
+        "laptop": "transformers",
+        "laptop_legible": "transformers",
+        "gpu_3b": "vllm",
+        "gpu_7b": "vllm",
+        "paper": "transformers",
+    }
     assert make_sampler("checkpoint", corpus(), PRESETS["laptop"]) is None
 
 

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vrag_lib.actions import ActionKind, InvalidReason
-from vrag_lib.answer_metrics import METRICS, is_answerable, is_refusal
+from vrag_lib.answer_metrics import METRICS, gold_answers, is_answerable, is_refusal
 from vrag_lib.claims import alone_in, claim
 from vrag_lib.config import EnvironmentConfig
 from vrag_lib.corpus import Corpus, Question
@@ -92,23 +92,31 @@ def evaluate_trajectories(
     for trajectory, question, verdict in zip(trajectories, asked, verdicts, strict=True):
         judged = {"judge": verdict, "judge_gated": verdict if pattern_reward(trajectory) else 0.0}
         if hasattr(judge, "scores"):
-            item = (question.query, question.reference_answer, trajectory.answer)
-            judged["judge_score"] = judge.scores.get(item, math.nan)
+            points = [judge.scores.get((question.query, gold, trajectory.answer)) for gold in gold_answers(question)]
+            judged["judge_score"] = max((p for p in points if p is not None), default=math.nan)
         scores = {name: METRICS[name](question, trajectory.answer) for name in metrics}
         rows.append(_identity(trajectory, question) | judged | scores | _behaviour(trajectory, question))
     return pd.DataFrame(rows)
 
 
 def _verdicts(judge: Judge, trajectories: Sequence[Trajectory], asked: Sequence[Question]) -> list[float]:
-    """1, 0, or NaN where the judge failed; no answer is 0 unasked. A judge with `many` gets all answers at once."""
-    items = {
-        i: (question.query, question.reference_answer, trajectory.answer)
+    """1, 0, or NaN where the judge failed; no answer is 0 unasked, and one of several accepted answers is enough. A
+    judge with `many` gets all answers at once."""
+    items = [
+        (i, (question.query, gold, trajectory.answer))
         for i, (trajectory, question) in enumerate(zip(trajectories, asked, strict=True))
         if trajectory.answer is not None
-    }
-    found = dict(zip(items, verdicts(judge, list(items.values())), strict=True))
-    given = [found.get(i, False) for i in range(len(trajectories))]
-    return [math.nan if verdict is None else float(verdict) for verdict in given]
+        for gold in gold_answers(question)
+    ]
+    found: dict[int, list[bool | None]] = {}
+    for (i, _), verdict in zip(items, verdicts(judge, [item for _, item in items]), strict=True):
+        found.setdefault(i, []).append(verdict)
+    return [_any_of(found.get(i, [False])) for i in range(len(trajectories))]
+
+
+def _any_of(found: Sequence[bool | None]) -> float:
+    """1 where any verdict is yes; NaN where none is and one is missing."""
+    return 1.0 if any(found) else math.nan if None in found else 0.0
 
 
 def _identity(trajectory: Trajectory, question: Question) -> dict[str, Any]:

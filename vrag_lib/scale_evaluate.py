@@ -177,8 +177,7 @@ def summary(found: Sequence[Probe]) -> list[dict[str, Any]]:
         for name, group in groups.items():
             if group:
                 mean, low, high = bootstrap_mean([float(probe.right) for probe in group])
-                rows.append({"task": task, "element": name, "n": len(group), "right": round(mean, 4),
-                             "low": round(low, 4), "high": round(high, 4)})  # fmt: skip
+                rows.append({"task": task, "element": name, "n": len(group), "right": mean, "low": low, "high": high})
     return rows
 
 
