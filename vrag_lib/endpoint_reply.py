@@ -84,7 +84,8 @@ def http_failure(
 
 def read_body(data: bytes, hide: Hide) -> dict[str, Any]:
     """The body of a chat completion: it has a choice, and that has a message. Raises EndpointError `bad_json` for what
-    may have been cut off, `bad_schema` for anything else."""
+    may have been cut off, `rate_limit` or `server` for an error of such a code that a router passes on as if all were
+    well, `bad_schema` for anything else."""
     said = hide(data.decode("utf-8", "replace")).strip()
     if said.startswith("<"):  # a login page or a website, and the same the next time
         raise EndpointError("bad_schema", f"a web page, no chat completion; is the base URL right? {_shown(said, 100)}")
@@ -98,8 +99,17 @@ def read_body(data: bytes, hide: Hide) -> dict[str, Any]:
     except (KeyError, IndexError, TypeError):
         has_message = False
     if not has_message:
-        raise EndpointError("bad_schema", f"not a chat completion: {_shown(said, 200)}")
+        raise EndpointError(_passed_on(body), f"not a chat completion: {_shown(said, 200)}")
     return body
+
+
+def _passed_on(body: Any) -> str:
+    """The kind of failure in a body without a reply, by the status that its `error` names."""
+    error = body.get("error") if isinstance(body, dict) else None
+    code = error.get("code") if isinstance(error, dict) else None
+    if type(code) is not int:
+        return "bad_schema"
+    return "rate_limit" if code == 429 else "server" if 500 <= code < 600 else "bad_schema"
 
 
 def completion_of(body: Mapping[str, Any], hide: Hide) -> Completion:
