@@ -164,12 +164,3 @@ def test_the_cache_folder_follows_the_environment(monkeypatch, tmp_path):
 
 def test_provenance_says_what_a_rerun_needs():
     assert {"command", "seed", "commit", "versions", "hardware", "time"} <= set(provenance(1))
-
-
-def test_one_update_on_a_whole_rollout_where_paper_and_script_disagree():
-    """The paper's mini-batch of 64 and the script's of 32 both split a group of five."""
-    grpo = PRESETS["paper"].grpo
-    assert (grpo.rows, grpo.group_size, grpo.updates_per_step) == (160, 5, 1)
-    assert all(size % grpo.group_size for size in (64, 32))
-    with pytest.raises(ValueError, match="a group is not split over optimizer steps"):
-        dataclasses.replace(grpo, updates_per_step=grpo.rows // 32).validate()
