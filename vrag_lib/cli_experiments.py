@@ -311,13 +311,19 @@ def _scale_model(commands) -> None:
         print(f"model  {out}\ncurves and evaluation  {results}")
 
     def report(arguments) -> None:
+        from vrag_lib.factory import SCALE_RETRIEVER, scale_policy
+        from vrag_lib.minidocs import MiniDocs
         from vrag_lib.minidocs_report import report
+        from vrag_lib.scale_retriever_evaluation import evaluate_retriever
+        from vrag_lib.scale_training import PolicyTraining
 
         config = read_config(arguments)
         measured, out = config.folder("scale_model"), config.folder("minidocs")
-        report(
-            arguments.policy, measured / "retriever" / "test.json", measured / "policy" / "perception_probes.csv", out
-        )
+        found = measured / "retriever" / "test.json"
+        if not found.is_file() and SCALE_RETRIEVER.is_dir():  # the shipped one, on documents of other settings
+            evaluate_retriever(SCALE_RETRIEVER, found.parent, "test", config.minidocs, engine="native", dtype="float32")
+        probes = measured / PolicyTraining(minidocs=config.minidocs).name / "perception_probes.csv"
+        report(arguments.policy or scale_policy(config) or "", found, probes, out, MiniDocs(config.minidocs))
         print((out / "README.md").read_text())
 
     models = commands.add_parser("scale-model", help="train the laptop's tiny models", description="Scale models.")
@@ -341,7 +347,7 @@ def _scale_model(commands) -> None:
     parser = add_command(
         kinds, "report", report, "measure on the test split what makes MiniDocs hard for the scale models"
     )
-    parser.add_argument("--policy", default="data/scale_policy", help="folder of the scale policy (%(default)s)")
+    parser.add_argument("--policy", help="folder of the scale policy (default: the preset's)")
 
 
 def _reproduce(commands) -> None:

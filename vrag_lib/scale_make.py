@@ -144,10 +144,10 @@ def write_card(
             f"| {row['low']:.1%} to {row['high']:.1%} | {target} |"
         )
     stages = ", ".join(f"{name} {getattr(recipe, name).steps} steps in {s / 60:.0f} min" for name, s in seconds.items())
-    own = {"start": "is the start of", "settings": "", "more": "", "collection": ""}
+    own = {"preset": "laptop", "settings": "", "more": "", "collection": ""}
     if recipe.name == "policy_legible":
-        settings = f" minidocs.text_px={recipe.minidocs.text_px}"
-        own = {"start": "may be the start of", "settings": settings, "more": _MORE, "collection": _LARGE_PRINT}
+        settings = " --preset laptop_legible"
+        own = {"preset": "laptop_legible", "settings": settings, "more": _MORE, "collection": _LARGE_PRINT}
     text = _CARD.format(
         tokens=MAX_PIXELS // 784, table="\n".join(lines), stages=stages, seed=recipe.seed, note=note, name=recipe.name,
         **own,
@@ -169,7 +169,7 @@ pipeline_tag: image-text-to-text
 
 A Qwen2.5-VL of 3.7 M parameters (`Qwen2_5_VLForConditionalGeneration`: 4 vision blocks of width 128, 4
 language layers of width 192) that was taught to perceive MiniDocs pages: titles, text, places and values. It
-{start} the laptop preset, as Qwen2.5-VL-7B-Instruct is the start of the paper. It knows nothing of
+is the start of the preset {preset}, as Qwen2.5-VL-7B-Instruct is the start of the paper. It knows nothing of
 searching, cropping or answering in tags; its tokenizer has the tags.
 
 ```python
@@ -188,7 +188,7 @@ bootstrap over questions.
 
 {table}
 
-Every answer is in `results/laptop/scale_model/{name}/perception_probes.csv`.
+Every answer is in `results/{preset}/scale_model/{name}/perception_probes.csv`.
 
 ## How it was made
 `vrag scale-model policy{settings}`, seed {seed}, from random weights, on generated images alone (no photographs, no
@@ -197,7 +197,7 @@ pages of random text and the characters and words of MiniDocs training pages, wi
 then the language model learns to read through the fixed tower, some of its heads shown where to look; then everything
 is trained together; then the language model learns to write words of a question again, as others can, and to do
 all of this in conversations about several texts and images.{more}
-Curves are in `results/laptop/scale_model/{name}/`, settings and versions in `training.json`.
+Curves are in `results/{preset}/scale_model/{name}/`, settings and versions in `training.json`.
 {note}
 ## Limits
 English words of MiniDocs and numbers only; Latin characters in DejaVu faces; no photographs. Not for any use
