@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import threading
 
 import pytest
 
-from vrag_lib.claims import ClaimError, claim, depends_on, differences, model_fingerprint
+from vrag_lib.claims import ClaimError, alone_in, claim, depends_on, differences, model_fingerprint
 from vrag_lib.presets import load_config
 
 
@@ -41,3 +42,24 @@ def test_a_model_is_known_by_its_weights(tmp_path):
     assert a == b != c and model_fingerprint("Qwen/Qwen2.5-VL-3B-Instruct") == "Qwen/Qwen2.5-VL-3B-Instruct"
     (tmp_path / "c" / "model.safetensors").write_bytes(b"33")  # trained again, in the same process
     assert model_fingerprint(str(tmp_path / "c")) not in (a, c)
+
+
+def test_who_comes_second_is_refused_or_waits(tmp_path, caplog):
+    order, entered = [], threading.Event()
+
+    def second():
+        entered.set()
+        with alone_in(tmp_path, waits=True):
+            order.append("second")
+
+    with alone_in(tmp_path):
+        with pytest.raises(ClaimError, match="another process is writing"), alone_in(tmp_path):
+            pass
+        waiting = threading.Thread(target=second)
+        waiting.start()
+        entered.wait()
+        waiting.join(0.3)
+        assert waiting.is_alive() and "waiting for another process" in caplog.text
+        order.append("first")
+    waiting.join(10)
+    assert order == ["first", "second"]

@@ -7,6 +7,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pandas as pd
@@ -16,7 +17,7 @@ from tiny_agent import random_checkpoint
 import vrag_lib.matrix as matrix
 from vrag_lib.actions import ActionKind
 from vrag_lib.agents import VANILLA_PAGES
-from vrag_lib.claims import ClaimError, claim, depends_on
+from vrag_lib.claims import ClaimError, alone_in, claim, depends_on
 from vrag_lib.cli import main
 from vrag_lib.config import ConfigError, read_config, to_dict
 from vrag_lib.judge import rule_judge
@@ -164,6 +165,28 @@ def test_the_shipped_cold_start_is_that_of_the_settings_of_today(tmp_path, monke
     monkeypatch.setattr(bench, "sft_settings", lambda *_: today)
     monkeypatch.setattr(bench, "_made", lambda name, *_: name)
     assert bench._fine_tuned("start", CELLS["sft"], 0) == str(path)
+
+
+def test_what_another_process_is_training_is_waited_for_and_not_trained_again(tmp_path):
+    bench = Workbench(dataclasses.replace(CONFIG, results=str(tmp_path)), 400)
+    folder = bench.folder / "checkpoints" / "shared"
+
+    folder.mkdir(parents=True)
+    held, released = threading.Event(), threading.Event()
+
+    def another() -> None:
+        with alone_in(folder):
+            held.set()
+            released.wait(10)
+            (folder / "done.json").write_text('{"model": "final"}')
+
+    thread = threading.Thread(target=another)
+    thread.start()
+    held.wait()
+    threading.Timer(0.5, released.set).start()
+    made = bench._made("shared", {"seed": 0}, "start", lambda folder: pytest.fail("trained twice"))
+    thread.join()
+    assert made == str(folder / "final")
 
 
 def test_a_matrix_on_other_documents_is_refused(tmp_path):

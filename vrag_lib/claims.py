@@ -12,6 +12,7 @@ import errno
 import functools
 import hashlib
 import json
+import logging
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,8 @@ from filelock import FileLock, Timeout
 
 from vrag_lib.config import Config, to_dict
 from vrag_lib.rendering import read_json, write_atomically
+
+logger = logging.getLogger(__name__)
 
 INDIFFERENT = ("rollout_batch_size", "device", "api_key_env", "concurrency", "workers", "results", "save_steps",
                "keep_checkpoints", "gradient_checkpointing", "micro_batch_size")  # fmt: skip
@@ -58,15 +61,18 @@ def claim(
 
 
 @contextmanager
-def alone_in(folder: Path, error: type[Exception] = ClaimError) -> Iterator[None]:
-    """Nobody else is in the folder while this lasts. Raises `error` where somebody is. A process that is killed leaves
-    it; where the file system knows no locks, nobody is kept out."""
+def alone_in(folder: Path, error: type[Exception] = ClaimError, waits: bool = False) -> Iterator[None]:
+    """Nobody else is in the folder while this lasts. Raises `error` where somebody is, or with `waits` lets them end. A
+    process that is killed leaves it; where the file system knows no locks, nobody is kept out."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock", fallback_to_soft=False)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise error(f"another process is writing to {folder}; let it end, or give another folder") from None
+        if not waits:
+            raise error(f"another process is writing to {folder}; let it end, or give another folder") from None
+        logger.warning("waiting for another process that is writing to %s", folder)
+        lock.acquire(poll_interval=1)
     except OSError as problem:
         if problem.errno not in _NO_LOCKS:
             raise

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from vrag_lib.agents import agent_environment, find_agent, questions_for
-from vrag_lib.claims import claim, compare, depends_on, differences, model_fingerprint
+from vrag_lib.claims import alone_in, claim, compare, depends_on, differences, model_fingerprint
 from vrag_lib.config import Config, ConfigError, read_config
 from vrag_lib.corpus import Question
 from vrag_lib.factory import scale_cold_start, scale_policy
@@ -104,14 +104,19 @@ class Workbench:
     def trajectories(self, kind: str) -> list[Trajectory]:
         """What SFT learns from: `crop` as `vrag synthesize` leaves it, `search` of the same questions without crop,
         `format` and `gold` of each of their FORMS."""
-        if kind == "crop":
-            path = self.config.folder("synthesis") / "trajectories.parquet"
-            if not path.is_file() or not (path.parent / "config.json").is_file():
-                synthesize(self.config, self.train)
-            made, wanted = depends_on(read_config(path.parent), "synthesis"), depends_on(self.config, "synthesis")
-            compare(path.parent, made, wanted, MatrixError)
-            return read_trajectories(path)
         folder = self.folder / "data" / kind
+        with alone_in(folder, MatrixError, waits=True):
+            return self._expert_trajectories() if kind == "crop" else self._sampled_trajectories(kind, folder)
+
+    def _expert_trajectories(self) -> list[Trajectory]:
+        path = self.config.folder("synthesis") / "trajectories.parquet"
+        if not path.is_file() or not (path.parent / "config.json").is_file():
+            synthesize(self.config, self.train)
+        made, wanted = depends_on(read_config(path.parent), "synthesis"), depends_on(self.config, "synthesis")
+        compare(path.parent, made, wanted, MatrixError)
+        return read_trajectories(path)
+
+    def _sampled_trajectories(self, kind: str, folder: Path) -> list[Trajectory]:
         count = self.format_trajectories if kind == "format" else len(self.trajectories("crop"))
         claim(folder, {"count": count, "config": depends_on(self.config, "synthesis")}, error=MatrixError)
         path = folder / "trajectories.parquet"
@@ -205,11 +210,16 @@ class Workbench:
         )
 
     def _made(self, name: str, settings: Mapping[str, Any], start: str, train: Callable[[Path], Path]) -> str:
-        """The finished model of a training, trained now unless it was; what failed in this run is not tried again."""
+        """The finished model of a training, trained now unless it was, or is by another process just now; what failed
+        in this run is not tried again."""
         if name in self._failed:
             raise MatrixError(f"needs the checkpoint {name}, which failed: {self._failed[name]}")
         folder = self.folder / "checkpoints" / name
         claim(folder, settings, error=MatrixError)
+        with alone_in(folder, MatrixError, waits=True):
+            return self._trained(name, folder, start, train)
+
+    def _trained(self, name: str, folder: Path, start: str, train: Callable[[Path], Path]) -> str:
         done = folder / "done.json"
         if (made := read_json(done)) is None:
             try:
