@@ -142,8 +142,7 @@ def _row(name: str, share: float, low: float, high: float, n: int) -> dict[str, 
     target = "" if name not in TARGETS else f"{least:.0%} to {most:.0%}"
     met = "" if not target else "yes" if least <= share <= most else "no"
     return {
-        "measure": NAMES[name], "n": n, "share": round(share, 4), "low": round(low, 4), "high": round(high, 4),
-        "target": target, "met": met,
+        "measure": NAMES[name], "n": n, "share": share, "low": low, "high": high, "target": target, "met": met,
     }  # fmt: skip
 
 
