@@ -17,7 +17,7 @@ from tiny_agent import random_checkpoint
 import vrag_lib.matrix as matrix
 from vrag_lib.actions import ActionKind
 from vrag_lib.agents import VANILLA_PAGES
-from vrag_lib.claims import ClaimError, alone_in, claim, depends_on
+from vrag_lib.claims import ClaimError, alone_in, claim, depends_on, model_fingerprint
 from vrag_lib.cli import main
 from vrag_lib.config import ConfigError, read_config, to_dict
 from vrag_lib.judge import rule_judge
@@ -133,9 +133,10 @@ def test_cells_are_found_by_name_and_group_sizes_divide_the_budget():
         cell_config(CELLS["group_2"], odd)
 
 
-def test_the_shipped_trajectories_are_those_that_the_matrix_asks_for():
-    shipped = read_config(Path(__file__).parent.parent / "results/laptop/synthesis")
-    assert depends_on(shipped, "synthesis") == depends_on(CONFIG, "synthesis")
+@pytest.mark.parametrize("preset", ["laptop", "laptop_legible"])
+def test_the_shipped_trajectories_are_those_that_the_matrix_asks_for(preset):
+    shipped = read_config(Path(__file__).parent.parent / "results" / preset / "synthesis")
+    assert depends_on(shipped, "synthesis") == depends_on(load_config(preset, experiment=True), "synthesis")
 
 
 RECORDED = sorted((Path(__file__).parent.parent / "results").glob("laptop*/matrix/*/seed_*/settings.json"))
@@ -157,11 +158,15 @@ def test_finished_cells_are_those_of_the_settings_of_today(path):
             claim(path.parent, recorded | {"config": depends_on(other, *stages)})
 
 
-def test_the_shipped_cold_start_is_that_of_the_settings_of_today(tmp_path, monkeypatch):
-    path = Path(__file__).parent.parent / "data/scale_cold_start"
+@pytest.mark.parametrize(
+    "preset, name", [("laptop", "scale_cold_start"), ("laptop_legible", "scale_cold_start_legible")]
+)
+def test_the_shipped_cold_start_is_that_of_the_settings_of_today(preset, name, tmp_path, monkeypatch):
+    path = Path(__file__).parent.parent / "data" / name
     recorded = json.loads((path / "settings.json").read_text())
-    bench = Workbench(dataclasses.replace(CONFIG, results=str(tmp_path)), 400)
-    today = recorded | {"config": depends_on(CONFIG, "sft", "synthesis")}
+    bench = Workbench(load_config(preset, [f"results={tmp_path}"], experiment=True), 400)
+    assert recorded["start"] == model_fingerprint(bench.raw())
+    today = recorded | {"config": depends_on(bench.config, "sft", "synthesis")}
     monkeypatch.setattr(bench, "sft_settings", lambda *_: today)
     monkeypatch.setattr(bench, "_made", lambda name, *_: name)
     assert bench._fine_tuned("start", CELLS["sft"], 0) == str(path)
@@ -379,7 +384,7 @@ def test_a_shipped_cold_start_stands_in_only_where_nothing_differs(tiny, tmp_pat
     bench, cell = Workbench(tiny, 0), CELLS["sft"]
     made = json.dumps(bench.sft_settings(bench.raw(), cell, 0))
     (tmp_path / "settings.json").write_text(made)
-    monkeypatch.setattr(training, "scale_cold_start", lambda: tmp_path)
+    monkeypatch.setattr(training, "scale_cold_start", lambda config: tmp_path)
     monkeypatch.setattr(bench, "_made", lambda name, *_: name)
     assert bench.checkpoint(cell, 0) == str(tmp_path)
     assert bench.checkpoint(cell, 1) == "sft_crop_all_seed_1"

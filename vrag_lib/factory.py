@@ -12,7 +12,7 @@ from vrag_lib.corpus import Corpus
 from vrag_lib.policy import Policy
 from vrag_lib.policy_chat import CheckpointError
 from vrag_lib.retrieval import Retriever
-from vrag_lib.scale_policy import AGENT, COLD_START, LEGIBLE, MAX_PIXELS, WEIGHTS
+from vrag_lib.scale_policy import AGENT, COLD_START, MAX_PIXELS, WEIGHTS, legible
 from vrag_lib.torch_setup import ensure_torchvision
 
 if TYPE_CHECKING:
@@ -115,19 +115,23 @@ def laptop_colqwen2(allow_random: bool = False) -> Path:
 def scale_policy(config: Config | None = None) -> Path | None:
     """The scale policy that the repository ships: what the laptop's experiment starts from, for the size of print that
     the config's MiniDocs have (default: their own); None where it is absent."""
-    large = config is not None and config.minidocs.text_px is not None
-    weights = LEGIBLE if large else WEIGHTS
-    return weights if (weights / "config.json").is_file() else None
+    return _shipped(WEIGHTS, config)
 
 
-def scale_cold_start() -> Path | None:
-    """The scale policy after SFT that the repository ships; None where it is absent."""
-    return COLD_START if (COLD_START / "config.json").is_file() else None
+def scale_cold_start(config: Config | None = None) -> Path | None:
+    """The same after SFT."""
+    return _shipped(COLD_START, config)
 
 
-def scale_agent() -> Path | None:
-    """The scale policy after SFT and RL that the repository ships; None where it is absent."""
-    return AGENT if (AGENT / "config.json").is_file() else None
+def scale_agent(config: Config | None = None) -> Path | None:
+    """The same after SFT and RL."""
+    return _shipped(AGENT, config)
+
+
+def _shipped(folder: Path, config: Config | None) -> Path | None:
+    if config is not None and config.minidocs.text_px is not None:
+        folder = legible(folder)
+    return folder if (folder / "config.json").is_file() else None
 
 
 def require_policy(config: Config) -> None:

@@ -180,7 +180,7 @@ class Workbench:
 
     def _fine_tuned(self, start: str, cell: Cell, seed: int) -> str:
         settings = self.sft_settings(start, cell, seed)
-        shipped = scale_cold_start()
+        shipped = scale_cold_start(self.config)
         recorded = read_json(shipped / "settings.json") if shipped else None
         if recorded is not None and not differences(recorded, json.loads(json.dumps(settings))):
             return str(shipped)

@@ -46,14 +46,17 @@ MAX_TOKENS = 4096
 WEIGHTS = Path(__file__).resolve().parent.parent / "data" / "scale_policy"
 """Where the trained policy lies in the repository."""
 
-LEGIBLE = WEIGHTS.with_name("scale_policy_legible")
-"""Where the policy lies that reads MiniDocs' large print (`minidocs.text_px=60`) whole."""
-
 COLD_START = WEIGHTS.with_name("scale_cold_start")
 """Where the same policy lies after SFT, as `vrag sft` leaves it: what reinforcement learning starts from."""
 
 AGENT = WEIGHTS.with_name("scale_vrag_rl")
 """Where it lies after reinforcement learning: the agent that the laptop's experiment ends with."""
+
+
+def legible(folder: Path) -> Path:
+    """Where the same lies for MiniDocs' large print (`minidocs.text_px=60`), whose pages of text it reads whole."""
+    return folder.with_name(f"{folder.name}_legible")
+
 
 _VISION = {
     "depth": 4,
