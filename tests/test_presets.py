@@ -12,10 +12,12 @@ from vrag_lib.presets import EXPERIMENTS, PRESETS
 
 
 @pytest.mark.parametrize("presets", [PRESETS, EXPERIMENTS])
-def test_the_large_print_is_all_that_the_laptop_presets_differ_in(presets):
+def test_the_laptop_presets_differ_in_the_large_print_and_in_the_rate_of_rl_alone(presets):
     small, large = (to_dict(presets[name]) for name in ("laptop", "laptop_legible"))
     assert small.pop("preset") == "laptop" and large.pop("preset") == "laptop_legible"
     assert small["minidocs"].pop("text_px") is None and large["minidocs"].pop("text_px") == 60
+    rates = [config["grpo"].pop("learning_rate") for config in (small, large)]
+    assert rates == ([1.5e-3, 7.5e-4] if presets is EXPERIMENTS else [1e-6, 1e-6])
     assert small == large
 
 
