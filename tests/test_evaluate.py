@@ -93,6 +93,16 @@ def test_the_gate_zeroes_a_right_answer_without_a_search_and_stands_beside_the_j
     assert math.isnan(found["judge"]) and found["judge_gated"] == 0
 
 
+def test_invalid_actions_as_the_paper_counts_them():
+    """An invalid reply, a crop that shows half of the region at most, an answer before any page."""
+    half = ["<search>2</search>", "<bbox>[140, 0, 280, 280]</bbox>", "<answer>seven</answer>"]
+    more = ["<search>2</search>", "<bbox>[130, 0, 280, 280]</bbox>", "<answer>seven</answer>"]
+    elsewhere = ["<search>1</search>", "<bbox>[0, 0, 280, 280]</bbox>", "no tag", "<answer>seven</answer>"]
+    found = [row(script)["wrong_actions"] for script in (GOOD, ONE_REPLY, half, more, elsewhere)]
+    assert found == [0, 1, 1, 0, 2]
+    assert math.isnan(row(GOOD, replace(QUESTION, extra={}))["wrong_actions"])
+
+
 def test_one_of_several_accepted_answers_is_enough_for_the_judge():
     several = dataclasses.replace(QUESTION, reference_answer="seven", extra={"answers": ["7 units", "seven"]})
     assert row(ONE_REPLY, several)["judge"] == 1

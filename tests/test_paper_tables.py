@@ -103,6 +103,7 @@ def test_numbers_of_the_tables_by_hand():
     assert math.isnan(first.loc["sft", "paper_7b"]) and ours["overall_low"] < 62.5 < ours["overall_high"]
     third = table_3(rows).set_index("cell").loc["vrag_rl"]
     assert third["invalid_rate"] == pytest.approx(100 * 6 / 48) and third["finish_rate"] == 87.5
+    assert third["wrong_action_rate"] == pytest.approx(100 * 16 / 48)
     assert seeds_spread(rows["vrag_rl"]) == [50.0, 75.0]
     assert figure_6(rows).set_index("cell").loc["vrag_rl", "seconds"] == 1.25
     found = effects(rows, [Effect("RL", "vrag_rl", "sft", "Table 3", 12.9, column="finish_rate")]).iloc[0]
@@ -120,6 +121,12 @@ def test_missing_values_are_left_out_and_missing_cells_named():
     frame = rows_of(np.ones(4), crop_iou=[0.5, np.nan, np.nan, 0.7])
     assert interval(frame, "crop_iou").mean == pytest.approx(0.6)
     assert math.isnan(interval(frame.assign(crop_iou=np.nan), "crop_iou").mean)
+
+
+def test_replies_count_only_where_what_is_counted_of_them_is_known():
+    frame = rows_of(np.ones(4), wrong_actions=[1.0, 2.0, np.nan, np.nan], replies=[4, 2, 9, 9])
+    assert interval(frame, "wrong_action_rate").mean == pytest.approx(50.0)
+    assert math.isnan(interval(frame.assign(wrong_actions=np.nan), "wrong_action_rate").mean)
     table = effects({"vrag_rl": frame}, EFFECTS)
     assert set(table["verdict"]) == {"not measured"} and table["p_holm"].isna().all()
     assert table_2({}).empty and figure_5({}).empty

@@ -42,7 +42,7 @@ def test_a_table_as_text_or_the_command_that_measures_it():
 def test_nothing_is_said_of_what_was_not_run():
     nothing = make_tables({})
     assert gold(nothing) == legibility(nothing) == collapse(nothing) == ""
-    assert verdicts(nothing["effects"]).startswith("- **not measured** (24 of 24)")
+    assert verdicts(nothing["effects"]).startswith("- **not measured** (25 of 25)")
 
 
 def test_the_page_says_what_agrees_and_what_is_missing(written):
@@ -85,7 +85,7 @@ def test_the_page_says_which_agree_by_construction_and_which_agents_say_one_thin
     page = write_report(config, seeds=1).read_text()
     tables = (config.folder("paper") / "README.md").read_text()
     for text in (page, tables):
-        assert "**agrees, but the sign is built in** (1 of 24): VRAG-RL over Search-R1-VL" in text
+        assert "**agrees, but the sign is built in** (1 of 25): VRAG-RL over Search-R1-VL" in text
         assert "| agrees | built in |" in text and "Cells: `vrag_rl`: SFT, RL" in text
         share = 100 * rows["search_r1"]["answered"].mean()
         assert f"- `search_r1` ({CELLS['search_r1'].about}): `Not answerable` in {share:.1f} %" in text
@@ -140,7 +140,7 @@ def test_a_matrix_with_one_cell_is_reported_too(tmp_path, capsys):
     store(made_up(8, 1, cells=("react",)), config)
     assert main(["reproduce-paper", "--report-only", "--preset", "gpu_3b", f"results={tmp_path}"]) == 0
     assert "REPORT_gpu_3b.md" in capsys.readouterr().out
-    assert "**not measured** (24 of 24)" in (tmp_path / "REPORT_gpu_3b.md").read_text()
+    assert "**not measured** (25 of 25)" in (tmp_path / "REPORT_gpu_3b.md").read_text()
 
 
 def test_the_readmes_tables_of_agents_are_the_reports():

@@ -67,7 +67,8 @@ def evaluate_trajectories(
     `refused`; `ndcg` and `gold_recall` of the pages shown, and `gold_page_seen` (any), all NaN for a question without
     gold pages; `pages` and `noise_pages` shown; `searches`, `crops`, `replies`, `invalid` and `invalid_<reason>`,
     counted; `crop_iou`, the best IoU of any crop with a gold region, in raw page pixels, NaN without a crop or a known
-    region; `tokens_sampled` (NaN for a policy without tokens) and `seconds_generate`, `seconds_retrieve`.
+    region; `wrong_actions`, what the paper counts as invalid (see there); `tokens_sampled` (NaN for a policy without
+    tokens) and `seconds_generate`, `seconds_retrieve`.
 
     Raises ValueError for no trajectories, an unknown metric, a trajectory whose question is missing, or a uid used
     twice.
@@ -159,6 +160,7 @@ def _behaviour(trajectory: Trajectory, question: Question) -> dict[str, Any]:
         "invalid": invalid.total(),
         **{f"invalid_{reason.value}": invalid[reason] for reason in InvalidReason},
         "crop_iou": crop_iou(trajectory, question),
+        "wrong_actions": wrong_actions(trajectory, question),
         "tokens_sampled": math.nan if None in tokens else sum(map(len, tokens)),
         "seconds_generate": trajectory.timings.get("generate", math.nan),
         "seconds_retrieve": trajectory.timings.get("retrieve", math.nan),
@@ -178,6 +180,28 @@ def crop_iou(trajectory: Trajectory, question: Question) -> float:
         for page_id, box in question.gold_regions
     ]
     return max(overlaps, default=math.nan)
+
+
+def wrong_actions(trajectory: Trajectory, question: Question) -> float:
+    """Replies that the paper calls invalid actions (§3.3): invalid ones, crops that miss, and an answer before any page
+    was shown. The paper does not say when a crop is wrong; here it is one that shows at most half of each gold region.
+    NaN where no region is known.
+
+    Raises ValueError for regions of another form.
+    """
+    regions = question.gold_regions
+    if not regions:
+        return math.nan
+    missed = sum(
+        all(
+            crop.page_id != page_id or crop.view.box.intersection(box).area <= 0.5 * box.area
+            for page_id, box in regions
+        )
+        for crop in trajectory.images
+        if crop.is_crop
+    )
+    blind = trajectory.answer is not None and not trajectory.shown_pages
+    return float(sum(reply.invalid is not None for reply in trajectory.replies) + missed + blind)
 
 
 def by_element(frame: pd.DataFrame) -> pd.DataFrame:

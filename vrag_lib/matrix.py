@@ -48,7 +48,8 @@ SEEDS = 5
 KEPT = (
     "uid", "source_type", "query_type", "template", "answer", "stop_reason", "error", "answered", "failed", "judge",
     "judge_gated", "exact", "f1", "anls", "ndcg", "gold_recall", "gold_page_seen", "first_gold", "pages", "noise_pages",
-    "searches", "crops", "replies", "invalid", "crop_iou", "tokens_sampled", "seconds_generate", "seconds_retrieve",
+    "searches", "crops", "replies", "invalid", "crop_iou", "wrong_actions", "tokens_sampled", "seconds_generate",
+    "seconds_retrieve",
 )  # fmt: skip
 """Columns of a cell's rows: those of `evaluate.evaluate_trajectories`, and `first_gold`, whether the first page shown
 was a gold page (NaN where the question has none; 0 where no page was shown)."""

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
     Rows = Mapping[str, pd.DataFrame]
 
-LESS_IS_BETTER = ("invalid_rate", "invalid", "noise_pages", "tokens_sampled", "seconds", "seconds_generate",
-                  "seconds_retrieve")  # fmt: skip
+LESS_IS_BETTER = ("invalid_rate", "wrong_action_rate", "invalid", "noise_pages", "tokens_sampled", "seconds",
+                  "seconds_generate", "seconds_retrieve")  # fmt: skip
 """Of COLUMNS those of which less is better."""
 
 COLUMNS = {
@@ -33,6 +33,7 @@ COLUMNS = {
     "anls": ("anls", None, 100),
     "finish_rate": ("answered", None, 100),
     "invalid_rate": ("invalid", "replies", 100),
+    "wrong_action_rate": ("wrong_actions", "replies", 100),
     "first_gold": ("first_gold", None, 100),
     "gold_seen": ("gold_page_seen", None, 100),
     "gold_recall": ("gold_recall", None, 100),
@@ -84,7 +85,8 @@ def matrices(frame: pd.DataFrame, column: str) -> tuple[pd.DataFrame, pd.DataFra
     top, bottom, factor = COLUMNS[column]
     frame = frame.assign(seconds=frame["seconds_generate"] + frame["seconds_retrieve"])
     values = _grid(frame, top)
-    sizes = values.notna().astype(float) if bottom is None else _grid(frame, bottom)
+    known = values.notna().astype(float)
+    sizes = known if bottom is None else known * _grid(frame, bottom)
     return factor * values.fillna(0.0), sizes
 
 

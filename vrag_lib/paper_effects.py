@@ -47,7 +47,7 @@ MEASURED = {
 NO_EVIDENCE = ("built in", "by design")
 """What a sign can rest on (`basis`) that could hardly be another one."""
 
-BEHAVIOUR = ("finish_rate", "invalid_rate")
+BEHAVIOUR = ("finish_rate", "invalid_rate", "wrong_action_rate")
 """Of COLUMNS those that an agent which collapsed can be good at."""
 
 

@@ -99,11 +99,13 @@ def table_2(table: pd.DataFrame) -> Figure:
 def table_3(table: pd.DataFrame) -> Figure:
     """Invalid actions and finished trajectories before and after RL, and what the paper's table has not."""
     panels = [
-        ("invalid_rate", "paper_invalid", "invalid replies, %"),
+        ("wrong_action_rate", "paper_invalid", "invalid actions, %"),
+        ("invalid_rate", "", "invalid replies, %"),
         ("finish_rate", "paper_finish", "finished, %"),
         ("accuracy", "", "right, %"),
         ("ndcg", "", "nDCG of the pages seen, %"),
     ]
+    panels = [panel for panel in panels if table[panel[0]].notna().any()]
     return _two_sources(table, [_wrapped(about) for about in table["about"]], panels, "Table 3: before and after RL")
 
 
@@ -247,7 +249,10 @@ def _two_sources(table: pd.DataFrame, names: list[str], panels: list[tuple[str, 
         ax.set_yticks(places, names, fontsize=8)
         ax.set(xlabel=label, xlim=(0, None))
         _plain(ax)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=8, ncols=2, loc="outside lower center")
+    for ax in axes.flat[len(panels) :]:
+        ax.set_visible(False)
+    named = max((ax.get_legend_handles_labels() for ax in axes.flat), key=lambda found: len(found[0]))
+    figure.legend(*named, fontsize=8, ncols=2, loc="outside lower center")
     figure.suptitle(title, fontsize=11)
     return figure
 

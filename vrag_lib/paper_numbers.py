@@ -113,8 +113,11 @@ EFFECTS = (
     Effect("reward with nDCG, with crop", "vrag_rl", "vrag_answer_only", "Table 2", 7.8),
     Effect("crop, answer reward", "vrag_answer_only", "search_answer_only", "Table 2", 2.1),
     Effect("crop, VRAG-RL's reward", "vrag_rl", "sft_rl_search", "Table 2", 2.2, note="the confound's second half"),
-    Effect("RL after SFT: invalid actions", "vrag_rl", "sft", "Table 3", -4.3, column="invalid_rate",
-           note="the paper counts crops of a wrong region and answers before any search as well"),
+    Effect("RL after SFT: invalid actions", "vrag_rl", "sft", "Table 3", -4.3, column="wrong_action_rate",
+           note="counted as in the paper, which counts wrong crops and answers before any search: those that show at "
+                "most half of each gold region"),
+    Effect("RL after SFT: invalid replies", "vrag_rl", "sft", "Table 3", -4.3, column="invalid_rate",
+           note="the paper's number is of crops of a wrong region and answers before any search as well"),
     Effect("RL after SFT: finished", "vrag_rl", "sft", "Table 3", 12.9, column="finish_rate"),
     Effect("5 pages over 1 in context", "vanilla_rag_5", "vanilla_rag_1", "Figure 3", 21.7, note=_READ_OFF),
     Effect("6 pages over 5 in context", "vanilla_rag_6", "vanilla_rag_5", "Figure 3", -1.1, note=_READ_OFF),

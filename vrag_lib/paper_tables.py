@@ -157,9 +157,9 @@ def table_2(rows: Rows) -> pd.DataFrame:
 
 
 def table_3(rows: Rows) -> pd.DataFrame:
-    """Invalid actions (share of replies) and finished trajectories, %; and, which the paper's table has not, answers,
-    the most frequent one, nDCG of the pages seen, and cold starts on fewer trajectories."""
-    columns = ["invalid_rate", "finish_rate", "accuracy", "ndcg"]
+    """Invalid actions (share of replies) and finished trajectories, %; and, which the paper's table has not, invalid
+    replies alone, answers, the most frequent one, nDCG of the pages seen, and cold starts on fewer trajectories."""
+    columns = ["wrong_action_rate", "invalid_rate", "finish_rate", "accuracy", "ndcg"]
     table = []
     for cell in BEFORE_AND_AFTER:
         if cell in rows:
