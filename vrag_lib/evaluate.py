@@ -183,7 +183,7 @@ def crop_iou(trajectory: Trajectory, question: Question) -> float:
 
 
 def wrong_actions(trajectory: Trajectory, question: Question) -> float:
-    """Replies that the paper calls invalid actions (§3.3): invalid ones, crops that miss, and an answer before any image
+    """Replies that the paper calls invalid actions (§3.3): invalid ones, crops that miss, an answer before any image
     was shown. The paper does not say when a crop is wrong; here it is one that shows at most half of each gold region.
     NaN where no region is known.
 
