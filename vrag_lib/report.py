@@ -293,8 +293,8 @@ def _table_3(table: pd.DataFrame) -> str:
     head = ("cell", "", "invalid actions", "paper 7B", "of that: replies", "finished", "paper 7B", "right",
             "nDCG of the pages seen", *ANSWERS, "seeds")  # fmt: skip
     title = (
-        "**Table 3.** Before and after RL; % [95 %]. Invalid actions, as in the paper: invalid replies, crops that show "
-        "at most half of each gold region, answers before any image."
+        "**Table 3.** Before and after RL; % [95 %]. Invalid actions, as in the paper: invalid replies, crops that "
+        "show at most half of each gold region, answers before any image."
     )
     return _titled(title, table, head, lambda row: (
         f"`{row['cell']}`", row["about"], _cell(row, "wrong_action_rate"), _number(row["paper_invalid"]),
