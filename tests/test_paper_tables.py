@@ -192,6 +192,8 @@ def test_what_an_effect_rests_on():
     layout = table_1({"gold_pages": rows_of(np.array([0, 0, 0, 1] * 2)), "gold_regions": top})
     assert illegible(layout, "text") and not illegible(layout, "layout") and not illegible(layout)
     assert basis(layout, Effect("", "vrag_rl", "search_r1", "", element="layout"), "agrees") == "measured"
+    assert basis(layout, Effect("", "vrag_rl", "search_r1", ""), "agrees") == "built in"  # the other kinds decide
+    assert basis(layout, Effect("", "search_r1", "react", ""), "agrees") == "measured"
 
 
 def test_the_summary_shows_the_best_agent_that_cannot_crop():

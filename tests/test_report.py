@@ -62,10 +62,14 @@ def test_the_page_says_what_agrees_and_what_is_missing(written):
 
 
 def test_the_page_says_where_whole_pages_cannot_be_read(tmp_path):
-    config, other = (load_config("laptop", [f"results={tmp_path}/{n}"], experiment=True) for n in (1, 2))
+    config, mixed, other = (load_config("laptop", [f"results={tmp_path}/{n}"], experiment=True) for n in (1, 2, 3))
     rows = made_up(40, 1, cells=("react", "vanilla_rag_1", "gold_pages", "gold_regions", "vrag_rl", "sft_rl_search"))
-    store(rows, config)
+    legible = rows["gold_pages"].assign(judge=1.0)
+    store(rows | {"gold_pages": legible}, config)
     assert "not legible whole" not in write_report(config, seeds=1).read_text()
+    charts = legible.assign(judge=(legible["source_type"] != "Chart").astype(float))
+    store(rows | {"gold_pages": charts}, mixed)
+    assert "**Pages of chart questions are not legible whole" in write_report(mixed, seeds=1).read_text()
     store(rows | {"gold_pages": rows["gold_pages"].assign(judge=0.0)}, other)
     text = write_report(other, seeds=1).read_text()
     assert "Given the gold pages the policy answers 0.0 [0.0, 0.0] %" in text

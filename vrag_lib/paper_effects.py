@@ -16,7 +16,7 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from vrag_lib.matrix_cells import CELLS
-from vrag_lib.paper_columns import LESS_IS_BETTER, answers, matrices, select
+from vrag_lib.paper_columns import ELEMENT_KINDS, LESS_IS_BETTER, answers, matrices, select
 from vrag_lib.stats import Difference, crossed_difference, holm
 
 if TYPE_CHECKING:
@@ -153,7 +153,8 @@ def illegible(first: pd.DataFrame, kind: str = "") -> bool:
 def basis(first: pd.DataFrame, effect: Effect, verdict: str, bottom: Collection[str] = ()) -> str:
     """What an effect rests on: it is `measured`; or `by_design`; or, being one on answers where whole pages are
     `illegible`, it is `built in`, because one of the two agents is shown images and cannot crop, or has `both at the
-    bottom`, because neither can, or neither answers anything. Empty where the effect is not measured.
+    bottom`, because neither can, or neither answers anything. Over all questions it is built in, too, where the pages
+    of one kind alone are illegible: that part decides the sign. Empty where the effect is not measured.
 
     first: Table 1. verdict: of `effects`. bottom: cells whose answers are right in less than FLOOR %.
     """
@@ -167,9 +168,10 @@ def basis(first: pd.DataFrame, effect: Effect, verdict: str, bottom: Collection[
         return "measured"
     if {effect.a, effect.b} <= set(bottom):
         return "both at the bottom"
-    if not any(blind) or not illegible(first, effect.element):
-        return "measured"
-    return "both at the bottom" if all(blind) else "built in"
+    if all(blind) or not any(blind):
+        return "both at the bottom" if any(blind) and illegible(first, effect.element) else "measured"
+    kinds = (effect.element,) if effect.element else ("", *ELEMENT_KINDS)
+    return "built in" if any(illegible(first, kind) for kind in kinds) else "measured"
 
 
 def _compared(rows: Rows, effect: Effect) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -180,24 +180,31 @@ def _effects(effects: pd.DataFrame) -> str:
 def legibility(tables: Mapping[str, pd.DataFrame]) -> str:
     """What cannot be seen where the policy cannot read a page unless it enlarges a part; nothing where it can, or where
     one of the two bounds that tell is not measured."""
-    if not illegible(tables["table_1"]):
+    first = tables["table_1"]
+    kinds = ["overall"] if illegible(first) else [kind for kind in ELEMENT_KINDS if illegible(first, kind)]
+    if not kinds:
         return ""
-    bounds = {row["cell"]: row for row in tables["table_1"].to_dict("records")}
-    whole, regions = bounds["gold_pages"], bounds["gold_regions"]
+    of = "" if kinds == ["overall"] else f" of {_and(kinds)} questions"
+    bounds = {row["cell"]: row for row in first.to_dict("records")}
+    whole, regions = (_and([_cell(bounds[name], kind) for kind in kinds]) for name in ("gold_pages", "gold_regions"))
     effects = tables["effects"]
     neither, one = (
         list(effects.loc[effects["basis"] == name, "effect"]) for name in ("both at the bottom", "built in")
     )
     lines = [
-        f"**Pages are not legible whole at this scale.** Given the gold pages the policy answers "
-        f"{_cell(whole, 'overall')} % of the questions, given the gold regions {_cell(regions, 'overall')} %. An agent "
-        "that cannot crop is held to the former, whatever it finds."
+        f"**Pages{of} are not legible whole at this scale.** Given the gold pages the policy answers {whole} % of "
+        f"these questions, given the gold regions {regions} %. An agent that cannot crop is held to the former, "
+        "whatever it finds."
     ]
     if neither:
         lines.append(f"So these compare two agents at the bottom and show nothing, either way: {'; '.join(neither)}.")
     if one:
         lines.append(f"And of these the sign is built in: {'; '.join(one)}.")
     return " ".join(lines)
+
+
+def _and(parts: Sequence[str]) -> str:
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 
 def collapse(tables: Mapping[str, pd.DataFrame]) -> str:
