@@ -184,7 +184,7 @@ def legibility(tables: Mapping[str, pd.DataFrame]) -> str:
     kinds = ["overall"] if illegible(first) else [kind for kind in ELEMENT_KINDS if illegible(first, kind)]
     if not kinds:
         return ""
-    of = "" if kinds == ["overall"] else f" of {_and(kinds)} questions"
+    of, these = ("", "the") if kinds == ["overall"] else (f" of {_and(kinds)} questions", "these")
     bounds = {row["cell"]: row for row in first.to_dict("records")}
     whole, regions = (_and([_cell(bounds[name], kind) for kind in kinds]) for name in ("gold_pages", "gold_regions"))
     effects = tables["effects"]
@@ -193,7 +193,7 @@ def legibility(tables: Mapping[str, pd.DataFrame]) -> str:
     )
     lines = [
         f"**Pages{of} are not legible whole at this scale.** Given the gold pages the policy answers {whole} % of "
-        f"these questions, given the gold regions {regions} %. An agent that cannot crop is held to the former, "
+        f"{these} questions, given the gold regions {regions} %. An agent that cannot crop is held to the former, "
         "whatever it finds."
     ]
     if neither:
