@@ -100,6 +100,9 @@ def test_invalid_actions_as_the_paper_counts_them():
     elsewhere = ["<search>1</search>", "<bbox>[0, 0, 280, 280]</bbox>", "no tag", "<answer>seven</answer>"]
     found = [row(script)["wrong_actions"] for script in (GOOD, ONE_REPLY, half, more, elsewhere)]
     assert found == [0, 1, 1, 0, 2]
+    as_text = EnvironmentConfig(observation="text", allow_crop=False)
+    searched = roll(["<search>2</search>", "<answer>seven</answer>"], config=as_text)
+    assert evaluate_trajectories(searched, [QUESTION])["wrong_actions"].item() == 0
     assert math.isnan(row(GOOD, replace(QUESTION, extra={}))["wrong_actions"])
 
 

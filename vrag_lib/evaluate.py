@@ -183,9 +183,9 @@ def crop_iou(trajectory: Trajectory, question: Question) -> float:
 
 
 def wrong_actions(trajectory: Trajectory, question: Question) -> float:
-    """Replies that the paper calls invalid actions (§3.3): invalid ones, crops that miss, an answer before any image
-    was shown. The paper does not say when a crop is wrong; here it is one that shows at most half of each gold region.
-    NaN where no region is known.
+    """Replies that the paper calls invalid actions (§3.3): invalid ones, crops that miss, an answer before any page
+    or part of one was shown. The paper does not say when a crop is wrong; here it is one that shows at most half of
+    each gold region. NaN where no region is known.
 
     Raises ValueError for regions of another form.
     """
@@ -200,7 +200,7 @@ def wrong_actions(trajectory: Trajectory, question: Question) -> float:
         for crop in trajectory.images
         if crop.is_crop
     )
-    blind = trajectory.answer is not None and not trajectory.images
+    blind = trajectory.answer is not None and not (trajectory.images or trajectory.shown_pages)
     return float(sum(reply.invalid is not None for reply in trajectory.replies) + missed + blind)
 
 
