@@ -182,7 +182,8 @@ def test_an_endpoint_that_is_away_is_not_asked_to_the_end(tmp_path, monkeypatch,
     monkeypatch.setattr(synthesis, "MOST_OUTAGES", 4)
     everything = tuple(str(i) for i in range(5))
     policy = SeededPolicy(failing=everything, error="connection: refused")
-    with pytest.raises(SamplingError, match=r"4 trajectories in a row failed.*connection: refused.*run the same again"):
+    count = "4" if workers == 1 else "[4-9]"  # threads under way may end before the others hear of it
+    with pytest.raises(SamplingError, match=rf"{count} trajectories in a row failed.*refused.*run the same again"):
         run(tmp_path, policy, batch_size=1, workers=workers)
     assert 4 <= policy.replies <= 4 + 2 * workers and len(read_samples(tmp_path)) == policy.replies
     run(tmp_path / "page", SeededPolicy(failing=("0", "1"), error="image: damaged"), batch_size=1)  # nothing is away

@@ -147,7 +147,7 @@ TRAPS = {
         "agents::test_the_registry_holds_the_rows_of_the_table_and_the_bounds"
     ),
     "P6 paper and script update on batches of different sizes": (
-        "config::test_one_update_on_a_whole_rollout_where_paper_and_script_disagree"
+        "presets::test_one_update_on_a_whole_rollout_where_paper_and_script_disagree"
     ),
     "P7 two names of the crop tag": "actions::test_a_crop_has_one_tag_which_is_the_prompts",
     "P8 no error bars over seeds and questions": "paper_tables::test_seeds_and_questions_are_both_resampled",
