@@ -194,6 +194,7 @@ def test_what_an_effect_rests_on():
     assert basis(layout, Effect("", "vrag_rl", "search_r1", "", element="layout"), "agrees") == "measured"
     assert basis(layout, Effect("", "vrag_rl", "search_r1", ""), "agrees") == "built in"  # the other kinds decide
     assert basis(layout, Effect("", "search_r1", "react", ""), "agrees") == "measured"
+    assert basis(layout, texts, "agrees", {"react", "react_text"}) == "measured"
 
 
 def test_the_summary_shows_the_best_agent_that_cannot_crop():

@@ -153,8 +153,9 @@ def illegible(first: pd.DataFrame, kind: str = "") -> bool:
 def basis(first: pd.DataFrame, effect: Effect, verdict: str, bottom: Collection[str] = ()) -> str:
     """What an effect rests on: it is `measured`; or `by_design`; or, being one on answers where whole pages are
     `illegible`, it is `built in`, because one of the two agents is shown images and cannot crop, or has `both at the
-    bottom`, because neither can, or neither answers anything. Over all questions it is built in, too, where the pages
-    of one kind alone are illegible: that part decides the sign. Empty where the effect is not measured.
+    bottom`, because neither can, or neither answers anything. Over all questions it is built in, too, where one of the
+    two can crop and the pages of one kind alone are illegible: that part decides the sign. Empty where the effect is
+    not measured.
 
     first: Table 1. verdict: of `effects`. bottom: cells whose answers are right in less than FLOOR %.
     """
@@ -166,11 +167,12 @@ def basis(first: pd.DataFrame, effect: Effect, verdict: str, bottom: Collection[
     blind = [agent.observation == "image" and not agent.allow_crop for agent in agents]
     if effect.column != "accuracy":
         return "measured"
-    if {effect.a, effect.b} <= set(bottom):
+    if {effect.a, effect.b} <= set(bottom) and verdict == "not resolved":
         return "both at the bottom"
     if all(blind) or not any(blind):
         return "both at the bottom" if any(blind) and illegible(first, effect.element) else "measured"
-    kinds = (effect.element,) if effect.element else ("", *ELEMENT_KINDS)
+    enlarges = any(agent.observation == "image" and agent.allow_crop for agent in agents)
+    kinds = ("", *ELEMENT_KINDS) if enlarges and not effect.element else (effect.element,)
     return "built in" if any(illegible(first, kind) for kind in kinds) else "measured"
 
 
