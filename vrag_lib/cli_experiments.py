@@ -270,15 +270,14 @@ def _bench(commands) -> None:
 
 
 def _scale_model(commands) -> None:
-    def prepare(arguments, name: str, kind: str) -> tuple[Config, Path, Path, Path]:
-        """The config, where the model, its training checkpoints and its curves go; the same call goes on after a
-        kill. The number of threads is part of what makes a run repeatable."""
+    def prepare(arguments, config: Config, name: str, kind: str) -> tuple[Path, Path, Path]:
+        """Where the model, its training checkpoints and its curves go; the same call goes on after a kill. The number
+        of threads is part of what makes a run repeatable."""
         import torch
 
         torch.set_num_threads(arguments.threads)
-        config = read_config(arguments)
         work = cache_dir() / "scale_model" / name
-        return config, Path(arguments.out or work / f"final-{name}"), work, config.folder("scale_model") / kind
+        return Path(arguments.out or work / f"final-{name}"), work, config.folder("scale_model") / kind
 
     def policy(arguments) -> None:
         from vrag_lib.scale_make import make_policy
@@ -286,7 +285,7 @@ def _scale_model(commands) -> None:
 
         config = read_config(arguments)
         recipe = PolicyTraining(seed=config.seed, minidocs=config.minidocs)
-        _, out, work, results = prepare(arguments, recipe.name, recipe.name)
+        out, work, results = prepare(arguments, config, recipe.name, recipe.name)
         if arguments.recipe == "large":
             recipe = recipe.large()
         elif arguments.hours:
@@ -303,7 +302,8 @@ def _scale_model(commands) -> None:
         from vrag_lib.scale_retriever_evaluation import evaluate_retriever, model_card
         from vrag_lib.scale_retriever_training import train_retriever
 
-        config, out, work, results = prepare(arguments, "colqwen2", "retriever")
+        config = read_config(arguments)
+        out, work, results = prepare(arguments, config, "colqwen2", "retriever")
         train_retriever(out, arguments.hours, config.seed, work_dir=work, curves_dir=results)
         summary = evaluate_retriever(out, results, "test", config.minidocs, engine="native", dtype="float32")
         draw_curves(results)

@@ -329,9 +329,11 @@ class Config:
 
 
 def override(config: Config, overrides: list[str] | tuple[str, ...]) -> Config:
-    """The config with `key=value` overrides applied, the later one winning. Raises ConfigError as `load_config`, and
-    for values of `corpus`, `retrieval`, `environment` and `policy` that these cannot have: here, before anything is
-    made with them."""
+    """The config with `key=value` overrides applied, the later one winning.
+
+    Raises ConfigError for an unknown key (with the nearest known one), a value of the wrong kind, and for values of
+    `corpus`, `retrieval`, `environment` and `policy` that these cannot have: here, before anything is made with them.
+    """
     for text in overrides:
         key, sign, value = text.partition("=")
         if not sign:

@@ -114,8 +114,8 @@ EFFECTS = (
     Effect("crop, answer reward", "vrag_answer_only", "search_answer_only", "Table 2", 2.1),
     Effect("crop, VRAG-RL's reward", "vrag_rl", "sft_rl_search", "Table 2", 2.2, note="the confound's second half"),
     Effect("RL after SFT: invalid actions", "vrag_rl", "sft", "Table 3", -4.3, column="wrong_action_rate",
-           note="counted as in the paper, which counts wrong crops and answers before any search: those that show at "
-                "most half of each gold region"),
+           note="as the paper counts them: answers before any search, and wrong crops, here those that show at most "
+                "half of each gold region, as well"),
     Effect("RL after SFT: invalid replies", "vrag_rl", "sft", "Table 3", -4.3, column="invalid_rate",
            note="the paper's number is of crops of a wrong region and answers before any search as well"),
     Effect("RL after SFT: finished", "vrag_rl", "sft", "Table 3", 12.9, column="finish_rate"),
