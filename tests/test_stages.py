@@ -353,6 +353,12 @@ def test_a_training_does_not_go_on_with_other_settings_data_or_weights(made, tmp
         reinforce(config_of(tmp_path), start, train, judge=lambda *item: True)
     with pytest.raises(ClaimError, match="model="):
         reinforce(config_of(tmp_path), checkpoint_in(tmp_path, b"others"), train)
+    unread = train.corpus.with_pages(dataclasses.replace(page, lines=()) for page in train.corpus.pages)
+    with pytest.raises(ClaimError, match="page_texts="):
+        reinforce(config_of(tmp_path), checkpoint_in(tmp_path), dataclasses.replace(train, corpus=unread))
+    monkeypatch.setattr("vrag_lib.stages.retriever_fingerprint", lambda config: "trained anew")
+    with pytest.raises(ClaimError, match="retrieval_model="):
+        reinforce(config_of(tmp_path), checkpoint_in(tmp_path), train)
     assert len(runs) == 2 and read_config(folder).grpo.kl_coefficient == 0.01
 
 

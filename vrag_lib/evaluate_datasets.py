@@ -23,7 +23,7 @@ from vrag_lib.corpus_formats import answerable, load_dataset, with_prefix
 from vrag_lib.dataset_hub import DONE, HUB_DATASETS, fetch_dataset
 from vrag_lib.document_files import CorpusError, document_stem
 from vrag_lib.evaluate import DEFAULT_METRICS, run
-from vrag_lib.factory import SCALE_RETRIEVER, make_policy, make_retriever, scale_policy
+from vrag_lib.factory import make_policy, make_retriever, retriever_fingerprint, scale_policy
 from vrag_lib.judge import Judge, rule_judge
 from vrag_lib.policy import Policy
 from vrag_lib.retrieval import Retriever
@@ -218,6 +218,6 @@ def _made_with(config: Config) -> dict[str, Any]:
     if config.policy.kind == "transformers":
         settings["model"] = model_fingerprint(str(config.policy.model or scale_policy(config)))
     found = {"policy_settings": settings}
-    if config.retrieval.kind == "visual":
-        found["retrieval_model"] = model_fingerprint(str(config.retrieval.model or SCALE_RETRIEVER))
+    if ranks_with := retriever_fingerprint(config):
+        found["retrieval_model"] = ranks_with
     return found

@@ -7,6 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vrag_lib.claims import model_fingerprint
 from vrag_lib.config import Config, ConfigError, cache_dir
 from vrag_lib.corpus import Corpus
 from vrag_lib.policy import Policy
@@ -81,6 +82,13 @@ def make_retriever(corpus: Corpus, config: Config) -> Retriever:
     from vrag_lib.search_server import RemoteRetriever
 
     return RemoteRetriever(settings.url, corpus)
+
+
+def retriever_fingerprint(config: Config) -> str:
+    """What a visual retriever ranks with, by its weights (`claims.model_fingerprint`); empty where none are learnt."""
+    if config.retrieval.kind != "visual":
+        return ""
+    return model_fingerprint(str(config.retrieval.model or SCALE_RETRIEVER))
 
 
 def require_device(name: str, device: str) -> None:

@@ -25,7 +25,7 @@ from typing import Any
 from vrag_lib.claims import claim, depends_on, model_fingerprint, text_fingerprint
 from vrag_lib.config import Config, ConfigError, save_config
 from vrag_lib.corpus import Corpus, Question, document_stem
-from vrag_lib.factory import make_retriever, make_sampler, scale_policy
+from vrag_lib.factory import make_retriever, make_sampler, retriever_fingerprint, scale_policy
 from vrag_lib.judge import Judge, rule_judge
 from vrag_lib.policy import Policy
 from vrag_lib.retrieval import Retriever
@@ -243,7 +243,10 @@ def synthesize(config: Config, train: Collection | None = None, judge: Judge | N
             workers=settings.concurrency if settings.experts == "openai" else 1,
             batch_size=64,
             oracle=settings.oracle_pages,
-            settings={"synthesis": {k: v for k, v in dataclasses.asdict(settings).items() if k not in _NOT_SAMPLED}},
+            settings={
+                "synthesis": {k: v for k, v in dataclasses.asdict(settings).items() if k not in _NOT_SAMPLED},
+                "retrieval_model": retriever_fingerprint(config),
+            },
             preset=config.preset,
         )
     finally:
@@ -309,13 +312,14 @@ def fine_tune(
     data = data if trajectories is None else data[:trajectories]
     held_out = max(1, len(data) // 50)
     folder = folder or sft_folder(config, len(data))
+    train = train or collection(config, "train")
     inputs = {
         "model": model_fingerprint(str(model)),
         "trajectories": text_fingerprint([(t.id, [reply.text for reply in t.replies]) for t in data]),
+        "corpus": train.corpus.fingerprint,
         "config": depends_on(config, "environment", "sft"),
     }
     claim(folder, inputs, INPUTS)
-    train = train or collection(config, "train")
     save_config(config, folder)
     return train_sft(
         model,
@@ -382,6 +386,9 @@ def reinforce(
     inputs = {
         "model": model_fingerprint(str(checkpoint)),
         "questions": questions_fingerprint(apart.questions),
+        "corpus": apart.corpus.fingerprint,
+        "page_texts": apart.corpus.text_fingerprint,
+        "retrieval_model": retriever_fingerprint(config),
         "judge": getattr(judge, "name", getattr(judge, "__name__", "")),
         "seed": seed,
         "config": depends_on(config, "environment", "retrieval", "grpo"),
