@@ -139,6 +139,13 @@ def test_settings_may_stand_behind_the_values_of_an_option(command, name, values
     assert f"argument --{name}: expected at least one argument" in capsys.readouterr().err
 
 
+def test_settings_may_stand_before_an_argument():
+    arguments = parse(build_parser(), ["ask", "seed=3", "documents", "policy.top_p=0.9", "x=2?", "--traceback"])
+    assert (arguments.path, arguments.question, arguments.traceback) == ("documents", "x=2?", True)
+    assert arguments.overrides == ["seed=3", "policy.top_p=0.9"]
+    assert parse(build_parser(), ["ask", "documents", "seed=", "--out", "seed=1"]).question == "seed="
+
+
 def test_a_job_that_a_scheduler_ends_keeps_what_is_finished(monkeypatch, capsys):
     def ask(*given):
         try:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vrag_lib.config import Config, ConfigError, override
+from vrag_lib.config import Config, ConfigError, override, setting_names
 from vrag_lib.presets import PRESETS, load_config
 
 if TYPE_CHECKING:
@@ -63,16 +63,27 @@ def add_several(parser: argparse.ArgumentParser, name: str, kind: Callable = str
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments of a command; `overrides` are its settings, in their order. They may stand among its options and
-    behind its arguments, which argparse cannot declare: they are what it does not know. Exits with status 2 for what
-    is neither."""
-    arguments, rest = parser.parse_known_args(argv)
+    """The arguments of a command; `overrides` are its settings, in their order. They may stand anywhere, which argparse
+    cannot declare: they are what it does not know. Exits with status 2 for what is neither."""
+    arguments, rest = parser.parse_known_args(_settings_last(argv))
     unknown = [text for text in rest if text.startswith("-") or "=" not in text]
     if unknown:
         parser.error(f"unknown argument {unknown[0]!r}; settings are written key=value")
     settings = {*rest, *arguments.listed_settings}
     arguments.overrides = [text for text in argv if text in settings]
     return arguments
+
+
+def _settings_last(argv: Sequence[str]) -> list[str]:
+    """The same with the settings behind the rest, so that none is taken for a command's argument. What follows an
+    option stays: it may be its value."""
+    known = setting_names()
+    settings = [
+        i
+        for i, (before, text) in enumerate(zip(["", *argv], argv, strict=False))
+        if "=" in text and text.partition("=")[0] in known and not before.startswith("-")
+    ]
+    return [text for i, text in enumerate(argv) if i not in settings] + [argv[i] for i in settings]
 
 
 def read_config(

@@ -380,6 +380,11 @@ def _settings(node: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
             yield f"{prefix}{f.name}", value, f.metadata["doc"]
 
 
+def setting_names() -> frozenset[str]:
+    """The key of every setting, as overrides name it."""
+    return frozenset(name for name, _, _ in _settings(Config()))
+
+
 def describe(config: Config | None = None) -> str:
     """Every setting with its value and documentation, one line each; what `vrag config` prints."""
     return "\n".join(f"{key}={value}  # {doc}" for key, value, doc in _settings(config or Config()))
