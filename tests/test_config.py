@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,6 +20,7 @@ from vrag_lib.config import (
     to_dict,
 )
 from vrag_lib.presets import PRESETS, load_config
+from vrag_lib.provenance import commit
 
 
 def test_overrides_reach_nested_fields_with_their_types():
@@ -164,3 +167,15 @@ def test_the_cache_folder_follows_the_environment(monkeypatch, tmp_path):
 
 def test_provenance_says_what_a_rerun_needs():
     assert {"command", "seed", "commit", "versions", "hardware", "time"} <= set(provenance(1))
+
+
+def test_the_commit_is_that_of_the_beginning(monkeypatch):
+    """A commit made while a training runs is not the code that trained."""
+    commits = iter(["first", "second"])
+    answers = {"status": lambda: "", "rev-parse": lambda: next(commits) + "\n"}
+    monkeypatch.setattr(subprocess, "run", lambda call, **_: SimpleNamespace(stdout=answers[call[3]]()))
+    commit.cache_clear()
+    try:
+        assert [provenance()["commit"] for _ in range(2)] == ["first", "first"]
+    finally:
+        commit.cache_clear()

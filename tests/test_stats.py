@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vrag_lib import stats
-from vrag_lib.stats import bootstrap_mean, paired_difference
+from vrag_lib.stats import bootstrap_mean, crossed_mean, paired_difference
 
 VALUES = st.lists(st.floats(-100, 100), min_size=1, max_size=40)
 
@@ -37,6 +37,18 @@ def test_two_values_have_a_known_distribution():
     means = stats._resampled_means(np.array([0.0, 1.0]), 40_000, seed=0)
     shares = [(means == value).mean() for value in (0.0, 0.5, 1.0)]
     assert shares == pytest.approx([0.25, 0.5, 0.25], abs=0.01)
+
+
+def test_a_share_of_nothing_or_all_has_exact_limits():
+    """Of a share at the upper limit, n misses in a row would be seen in 2.5 % of cases."""
+    for n in (5, 588):
+        none, every = bootstrap_mean([0.0] * n, most=1), bootstrap_mean([100.0] * n, most=100)
+        assert (1 - none.high) ** n == pytest.approx(0.025) and none[:2] == (0, 0)
+        assert (every.low / 100) ** n == pytest.approx(0.025) and every[::2] == (100, 100)
+    counts = np.array([[2.0, 3.0, 0.0]] * 2)
+    assert crossed_mean(np.zeros((2, 3)), counts, most=1).high == pytest.approx(1 - 0.025 ** (1 / 2))
+    assert crossed_mean(counts, counts, most=1).low == pytest.approx(0.025 ** (1 / 2))
+    assert bootstrap_mean([0.0] * 5) == (0, 0, 0)  # counts, say, of what cannot happen
 
 
 def test_wider_confidence_and_fewer_values_widen_the_interval():

@@ -31,6 +31,7 @@ from vrag_lib.cli_options import (
 )
 from vrag_lib.config import cache_dir, describe
 from vrag_lib.presets import EXPERIMENTS, PRESETS
+from vrag_lib.provenance import commit
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -51,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     log = logging.StreamHandler()
     log.setFormatter(_Visible("%(levelname)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[log])
+    commit()
     try:
         with _stop_on_terminate():
             return arguments.run(arguments) or 0

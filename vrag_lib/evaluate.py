@@ -36,7 +36,7 @@ from vrag_lib.provenance import provenance
 from vrag_lib.rendering import read_json, write_atomically
 from vrag_lib.retrieval import Retriever
 from vrag_lib.rewards import ndcg, pattern_reward
-from vrag_lib.stats import Difference, Interval, bootstrap_mean, paired_difference
+from vrag_lib.stats import Difference, Interval, bootstrap_mean, edge_limits, paired_difference
 from vrag_lib.synthesis import SynthesisError, questions_fingerprint, sample
 from vrag_lib.trajectory import Trajectory, clean_text, read_trajectories, write_trajectories
 
@@ -257,7 +257,10 @@ def _intervals(group: pd.DataFrame, samples: int, seed: int) -> dict[str, Interv
     columns |= {"finish_rate": "answered", "ndcg": "ndcg", "gold_recall": "gold_recall"}
     columns |= {"crop_iou": "crop_iou", "turns": "replies"}
     means = _per_question(group, list(columns.values()))
-    found = {name: _mean_interval(means[column], samples, seed) for name, column in columns.items()}
+    found = {
+        name: _mean_interval(means[column], samples, seed, None if column == "replies" else 1.0)
+        for name, column in columns.items()
+    }
     if group["judge"].isna().any():
         answered = group["answered"].astype(bool)
         found["accuracy"] = _judged_interval(group, "judge", answered, samples, seed)
@@ -295,14 +298,16 @@ def _judged_interval(group: pd.DataFrame, column: str, asked: pd.Series, samples
     sums = _resampled_sums(means, samples, seed)
     shares = np.divide(sums[:, 1], sums[:, 2], out=np.full(samples, math.nan), where=sums[:, 2] > 0)
     low, high = np.nanquantile(shares * sums[:, 0] / len(means), [0.025, 0.975])
-    return Interval(float(means[:, 0].mean() * means[:, 1].sum() / means[:, 2].sum()), float(low), float(high))
+    mean = float(means[:, 0].mean() * means[:, 1].sum() / means[:, 2].sum())
+    low, high = edge_limits(mean, len(means)) or (low, high)
+    return Interval(mean, float(low), float(high))
 
 
-def _mean_interval(values: pd.Series, samples: int, seed: int) -> Interval:
+def _mean_interval(values: pd.Series, samples: int, seed: int, most: float | None) -> Interval:
     values = values.dropna()
     if values.empty:
         return Interval(math.nan, math.nan, math.nan)
-    return bootstrap_mean(values.to_numpy(dtype=float), samples=samples, seed=seed)
+    return bootstrap_mean(values.to_numpy(dtype=float), samples=samples, seed=seed, most=most)
 
 
 def ratio_interval(
@@ -312,8 +317,9 @@ def ratio_interval(
     samples: int = 10_000,
     seed: int = 0,
 ) -> Interval:
-    """Ratio of the sums of two (n,) columns of questions with its percentile bootstrap interval; both columns are
-    resampled together. A resample whose denominators sum to 0 has ratio 0; all of them 0 gives NaN.
+    """Ratio of the sums of two (n,) columns of questions, a share, with its percentile bootstrap interval; both columns
+    are resampled together. A resample whose denominators sum to 0 has ratio 0; all of them 0 gives NaN. Limits of the
+    ratios 0 and 1 are exact (`stats.edge_limits`).
 
     >>> ratio_interval([1, 2], [2, 4])
     Interval(mean=0.5, low=0.5, high=0.5)
@@ -324,7 +330,9 @@ def ratio_interval(
     sums = _resampled_sums(pairs, samples, seed)
     ratios = np.divide(sums[:, 0], sums[:, 1], out=np.zeros(samples), where=sums[:, 1] > 0)
     low, high = np.quantile(ratios, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(float(pairs[:, 0].sum() / pairs[:, 1].sum()), float(low), float(high))
+    share = float(pairs[:, 0].sum() / pairs[:, 1].sum())
+    low, high = edge_limits(share, int((pairs[:, 1] > 0).sum()), confidence) or (low, high)
+    return Interval(share, float(low), float(high))
 
 
 def _resampled_sums(columns: np.ndarray, samples: int, seed: int) -> np.ndarray:

@@ -132,7 +132,7 @@ def summarise(tables: Mapping[str, pd.DataFrame], seed: int = 0) -> pd.DataFrame
     for method, table in tables.items():
         row: dict[str, object] = {"method": method}
         for metric in METRICS:
-            interval = bootstrap_mean(100 * table[metric], seed=seed)
+            interval = bootstrap_mean(100 * table[metric], seed=seed, most=100)
             row |= {metric: interval.mean, f"{metric}_low": interval.low, f"{metric}_high": interval.high}
         gain = paired_difference(100 * table["R@5"], 100 * baseline["R@5"], seed=seed)
         row |= {"R@5_gain": gain.mean, "R@5_gain_low": gain.low, "R@5_gain_high": gain.high}

@@ -134,7 +134,7 @@ def report(
 
 
 def _of(name: str, scores: Sequence[float]) -> dict[str, Any]:
-    return _row(name, *bootstrap_mean(list(scores)), len(scores))
+    return _row(name, *bootstrap_mean(list(scores), most=1), len(scores))
 
 
 def _row(name: str, share: float, low: float, high: float, n: int) -> dict[str, Any]:

@@ -44,8 +44,8 @@ MEASURED = {
 }
 """Of COLUMNS those that ablations are measured by, in the order of their table, and what they are."""
 
-NO_EVIDENCE = ("built in", "by design")
-"""What a sign can rest on (`basis`) that could hardly be another one."""
+NO_EVIDENCE = ("built in", "by design", "both at the bottom")
+"""What a sign can rest on (`basis`) that could hardly be another one, or says nothing."""
 
 BEHAVIOUR = ("finish_rate", "invalid_rate", "wrong_action_rate")
 """Of COLUMNS those that an agent which collapsed can be good at."""
@@ -153,9 +153,9 @@ def illegible(first: pd.DataFrame, kind: str = "") -> bool:
 def basis(first: pd.DataFrame, effect: Effect, verdict: str, bottom: Collection[str] = ()) -> str:
     """What an effect rests on: it is `measured`; or `by_design`; or, being one on answers where whole pages are
     `illegible`, it is `built in`, because one of the two agents is shown images and cannot crop, or has `both at the
-    bottom`, because neither can, or neither answers anything. Over all questions it is built in, too, where one of the
-    two can crop and the pages of one kind alone are illegible: that part decides the sign. Empty where the effect is
-    not measured.
+    bottom`, because neither can, or neither answers more than next to nothing. Over all questions it is built in, too,
+    where one of the two can crop and the pages of one kind alone are illegible: that part decides the sign. Empty where
+    the effect is not measured.
 
     first: Table 1. verdict: of `effects`. bottom: cells whose answers are right in less than FLOOR %.
     """
@@ -167,7 +167,7 @@ def basis(first: pd.DataFrame, effect: Effect, verdict: str, bottom: Collection[
     blind = [agent.observation == "image" and not agent.allow_crop for agent in agents]
     if effect.column != "accuracy":
         return "measured"
-    if {effect.a, effect.b} <= set(bottom) and verdict == "not resolved":
+    if {effect.a, effect.b} <= set(bottom):
         return "both at the bottom"
     if all(blind) or not any(blind):
         return "both at the bottom" if any(blind) and illegible(first, effect.element) else "measured"

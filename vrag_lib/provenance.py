@@ -22,7 +22,7 @@ def provenance(seed: int | None = None) -> dict[str, Any]:
     return {
         "command": shlex.join([Path(sys.argv[0]).name or "python", *sys.argv[1:]]),
         "seed": seed,
-        "commit": _git_commit(),
+        "commit": commit(),
         "versions": dict(versions()),
         "hardware": {"cpus": os.cpu_count(), "machine": platform.machine(), "processor": _processor()},
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -41,8 +41,11 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _git_commit() -> str:
-    """The commit of the checkout, `+` appended when tracked files differ from it; `unknown` outside a checkout."""
+@functools.cache
+def commit() -> str:
+    """The commit of the checkout when this process first asked for it, as every command does before anything else: what
+    is written at the end of hours was computed by the code of their beginning. `+` is appended where tracked files of
+    the package differ from it; `unknown` outside a checkout."""
     root = Path(__file__).resolve().parent.parent
 
     def git(*arguments: str) -> str:

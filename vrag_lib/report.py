@@ -35,6 +35,10 @@ ANSWERS = ("most frequent answer, %", "“not answerable”, %")
 """Columns that say how far an agent has collapsed to one answer."""
 
 
+_BUT = {"built in": "the sign is built in", "by design": "the sign is by design",
+        "both at the bottom": "both are at the bottom"}  # fmt: skip
+
+
 def write_report(config: Config, seeds: int = SEEDS) -> Path:
     """Write tables, figures and the page from the finished cells; returns the page.
 
@@ -145,7 +149,7 @@ def verdicts(effects: pd.DataFrame) -> str:
     """Which effects agree with the paper's sign, by evidence or otherwise, which do not, and which are open."""
     agrees, certain = effects["verdict"] == "agrees", effects["basis"].isin(NO_EVIDENCE)
     groups = {"agrees by measurement": agrees & ~certain}
-    groups |= {f"agrees, but the sign is {name}": agrees & (effects["basis"] == name) for name in NO_EVIDENCE}
+    groups |= {f"agrees, but {_BUT[name]}": agrees & (effects["basis"] == name) for name in NO_EVIDENCE}
     groups |= {name: effects["verdict"] == name for name in ("disagrees", "not resolved", "not measured")}
     return "\n".join(
         f"- **{name}** ({chosen.sum()} of {len(effects)}): {'; '.join(effects.loc[chosen, 'effect']) or 'none'}"
@@ -300,8 +304,8 @@ def _table_3(table: pd.DataFrame) -> str:
     head = ("cell", "", "invalid actions", "paper 7B", "of that: replies", "finished", "paper 7B", "right",
             "nDCG of the pages seen", *ANSWERS, "seeds")  # fmt: skip
     title = (
-        "**Table 3.** Before and after RL; % [95 %]. Invalid actions, as in the paper: invalid replies, crops that "
-        "show at most half of each gold region, answers before any image."
+        "**Table 3.** Before and after RL; % [95 %]. Invalid actions, as in the paper: invalid replies, crops of a "
+        "wrong region, here those that show at most half of each gold region, answers before any image."
     )
     return _titled(title, table, head, lambda row: (
         f"`{row['cell']}`", row["about"], _cell(row, "wrong_action_rate"), _number(row["paper_invalid"]),
@@ -353,8 +357,9 @@ def _how_sure(tables: Mapping[str, pd.DataFrame]) -> str:
     lines = [
         "- Intervals are 95 % percentile bootstrap intervals of 10,000 resamples: questions are drawn with "
         "replacement, the same for all cells, and where a cell was trained several times its seeds as well, "
-        "independently. With few seeds the second part is rough; with one, the interval says nothing about training "
-        "again. Differences are paired by question, and by seed where both cells have the same.",
+        "independently, with weights that make up for how little few seeds vary. With few that part is rough; with "
+        "one, the interval says nothing about training again. Shares of 0 and 100 % have the exact limits of so many "
+        "questions. Differences are paired by question, and by seed where both cells have the same.",
         f"- P-values of the {measured['effects']} measured effects of the paper, and of the {measured['ablations']} "
         "measured ablations, are corrected by Holm's method within each of the two families; below 0.05 an effect "
         "counts as resolved. The intervals shown are not corrected.",

@@ -176,7 +176,7 @@ def summary(found: Sequence[Probe]) -> list[dict[str, Any]]:
             groups[element] = [probe for probe in of_task if probe.element == element]
         for name, group in groups.items():
             if group:
-                mean, low, high = bootstrap_mean([float(probe.right) for probe in group])
+                mean, low, high = bootstrap_mean([float(probe.right) for probe in group], most=1)
                 rows.append({"task": task, "element": name, "n": len(group), "right": mean, "low": low, "high": high})
     return rows
 

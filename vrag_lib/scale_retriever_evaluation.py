@@ -81,7 +81,7 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _interval(values: Sequence[bool]) -> dict[str, float]:
-    mean, low, high = bootstrap_mean([float(value) for value in values])
+    mean, low, high = bootstrap_mean([float(value) for value in values], most=1)
     return {"mean": round(mean, 4), "low": round(low, 4), "high": round(high, 4)}
 
 

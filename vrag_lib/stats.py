@@ -2,12 +2,15 @@
 
 Questions are resampled with replacement (Efron 1979); a paired difference resamples questions, both systems together,
 so that what is hard for both cancels. Where a system was trained several times, its training seeds are resampled too,
-independently of the questions (crossed bootstrap, Owen 2007, which errs on the wide side; with few seeds it can only
-be rough). Everything is drawn from a seed: the same values give the same interval.
+independently of the questions (crossed bootstrap, Owen 2007), with weights spread by sqrt(n / (n - 1)), because n seeds
+resampled vary by a factor of (n - 1) / n too little, which two seeds would halve; with few it can only be rough. Where
+a share is 0 or 1 in every resample, its limits are the exact ones of that many hits (Clopper and Pearson 1934).
+Everything is drawn from a seed: the same values give the same interval.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -29,7 +32,7 @@ class Interval(NamedTuple):
 class Difference(NamedTuple):
     """Mean of `a - b`, the limits of its interval, and a two-sided p-value.
 
-    `p_value` is twice the share of resampled differences at or beyond zero on the rarer side, at least 1 / samples.
+    `p_value` is twice the share of resampled differences at or beyond zero on the rarer side, at least 2 / samples.
     """
 
     mean: float
@@ -39,18 +42,40 @@ class Difference(NamedTuple):
 
 
 def bootstrap_mean(
-    values: Sequence[float] | np.ndarray, confidence: float = 0.95, samples: int = 10_000, seed: int = 0
+    values: Sequence[float] | np.ndarray,
+    confidence: float = 0.95,
+    samples: int = 10_000,
+    seed: int = 0,
+    most: float | None = None,
 ) -> Interval:
     """Mean of `values` (n,) with its percentile bootstrap interval.
 
+    most: the values are shares between 0 and this; the limits are exact where all of them are one of the two.
+
     >>> bootstrap_mean([0.5, 0.5, 0.5])
     Interval(mean=0.5, low=0.5, high=0.5)
+    >>> [round(x, 2) for x in bootstrap_mean([1.0] * 10, most=1)]
+    [1.0, 0.69, 1.0]
 
     Raises ValueError for no values or values that are not finite.
     """
     array = _checked(values, confidence, samples)
+    if most is not None and (edge := edge_limits(float(array.mean()) / most, len(array), confidence)):
+        return Interval(float(array.mean()), *(most * limit for limit in edge))
     low, high = _limits(_resampled_means(array, samples, seed), confidence)
     return Interval(float(array.mean()), low, high)
+
+
+def edge_limits(share: float, n: int, confidence: float = 0.95) -> tuple[float, float] | None:
+    """Exact limits of a share that is 0 or 1 in all of n questions; None for any other share.
+
+    >>> [round(limit, 3) for limit in edge_limits(0.0, 100)], edge_limits(0.5, 100)
+    ([0.0, 0.036], None)
+    """
+    if share not in (0.0, 1.0):
+        return None
+    far = ((1 - confidence) / 2) ** (1 / n)
+    return (0.0, 1 - far) if share == 0.0 else (far, 1.0)
 
 
 def paired_difference(
@@ -76,11 +101,17 @@ def paired_difference(
 
 
 def crossed_mean(
-    values: np.ndarray, sizes: np.ndarray | None = None, confidence: float = 0.95, samples: int = 10_000, seed: int = 0
+    values: np.ndarray,
+    sizes: np.ndarray | None = None,
+    confidence: float = 0.95,
+    samples: int = 10_000,
+    seed: int = 0,
+    most: float | None = None,
 ) -> Interval:
     """Sum of `values` over the sum of `sizes`, both (seeds, questions), with its crossed bootstrap interval.
 
-    sizes: default ones, which makes it the mean; a cell of size 0 is one without a value.
+    sizes: default ones, which makes it the mean; a cell of size 0 is one without a value. most: as in `bootstrap_mean`;
+    it is the questions that are counted, not how often each was asked.
 
     >>> crossed_mean(np.array([[1.0, 1.0], [1.0, 1.0]]))
     Interval(mean=1.0, low=1.0, high=1.0)
@@ -88,6 +119,9 @@ def crossed_mean(
     Raises ValueError when the shapes differ, nothing is left, or a number is not finite.
     """
     whole, resampled = _crossed(values, sizes, samples, seed)
+    asked = values.shape[1] if sizes is None else int((np.asarray(sizes) > 0).any(axis=0).sum())
+    if most is not None and (edge := edge_limits(whole / most, asked, confidence)):
+        return Interval(whole, *(most * limit for limit in edge))
     low, high = _limits(resampled, confidence)
     return Interval(whole, low, high)
 
@@ -144,6 +178,8 @@ def _crossed(values: np.ndarray, sizes: np.ndarray | None, samples: int, seed: i
     if not sizes.sum():
         raise ValueError("there are no values")
     seeds, questions = _draws(values.shape[0], samples, seed, 1), _draws(values.shape[1], samples, seed, 2)
+    if (n := values.shape[0]) > 1:
+        seeds = 1 + (seeds - 1) * math.sqrt(n / (n - 1))
     top = np.einsum("bs,bs->b", questions @ values.T, seeds)
     bottom = np.einsum("bs,bs->b", questions @ sizes.T, seeds)
     whole = float(values.sum() / sizes.sum())
@@ -158,7 +194,7 @@ def _draws(n: int, samples: int, seed: int, stream: int) -> np.ndarray:
 
 def _two_sided(means: np.ndarray) -> float:
     rarer = min((means <= 0).mean(), (means >= 0).mean())
-    return float(min(1.0, max(2 * rarer, 1 / len(means))))
+    return float(min(1.0, max(2 * rarer, 2 / len(means))))
 
 
 def _checked(values: Sequence[float] | np.ndarray, confidence: float, samples: int) -> np.ndarray:

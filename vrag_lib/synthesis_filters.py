@@ -375,7 +375,9 @@ def ablation_row(
         for question_id, value in pairs:
             grouped.setdefault(question_id, []).append(float(value))
         means = [sum(group) / len(group) for group in grouped.values()]
-        interval = bootstrap_mean(means, seed=seed) if means else (math.nan,) * 3
+        interval = (
+            bootstrap_mean(means, seed=seed, most=None if measure == "replies" else 1) if means else (math.nan,) * 3
+        )
         row |= zip((measure, f"{measure}_low", f"{measure}_high"), interval, strict=True)
     return row
 
