@@ -48,6 +48,8 @@ def test_a_share_of_nothing_or_all_has_exact_limits():
     counts = np.array([[2.0, 3.0, 0.0]] * 2)
     assert crossed_mean(np.zeros((2, 3)), counts, most=1).high == pytest.approx(1 - 0.025 ** (1 / 2))
     assert crossed_mean(counts, counts, most=1).low == pytest.approx(0.025 ** (1 / 2))
+    apart = crossed_mean(np.array([[0.0] * 9, [0.5] * 9]), most=1)
+    assert apart.low == 0 and 0.5 < apart.high <= 1
     assert bootstrap_mean([0.0] * 5) == (0, 0, 0)  # counts, say, of what cannot happen
 
 

@@ -123,6 +123,8 @@ def crossed_mean(
     if most is not None and (edge := edge_limits(whole / most, asked, confidence)):
         return Interval(whole, *(most * limit for limit in edge))
     low, high = _limits(resampled, confidence)
+    if most is not None:  # weights below 0, which two seeds that differ much have, can lead out of the range
+        low, high = max(0.0, low), min(most, high)
     return Interval(whole, low, high)
 
 
