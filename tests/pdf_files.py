@@ -9,13 +9,15 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class PdfPage:
-    """A page: `text` pieces are (x, y, font size, string) from the lower left, in points; `content` is drawn as is."""
+    """A page: `text` pieces are (x, y, font size, string) from the lower left, in points; `content` is drawn as is;
+    `filled` are (x, y, value) of fields of a form."""
 
     text: Sequence[tuple[float, float, float, str]] = ()
     size: tuple[float, float] = (300, 400)
     rotate: int = 0
     crop: tuple[float, float, float, float] | None = None
     content: str = ""
+    filled: Sequence[tuple[float, float, str]] = ()
     missing: bool = False
 
 
@@ -32,9 +34,8 @@ def write_pdf(path: Path, pages: Sequence[PdfPage], encrypted: bool = False, to_
         ).encode()
         objects[4] = b"<< /Length %d >> stream\n%s\nendstream" % (len(cmap), cmap)
         font += " /ToUnicode 4 0 R"
-    objects[1] = b"<< /Type /Catalog /Pages 2 0 R >>"
     objects[3] = f"{font} >>".encode()
-    kids = []
+    kids, fields = [], []
     for index, page in enumerate(pages):
         number, content = 10 + 2 * index, 11 + 2 * index
         kids.append(f"{number} 0 R")
@@ -44,11 +45,20 @@ def write_pdf(path: Path, pages: Sequence[PdfPage], encrypted: bool = False, to_
         crop = f"/CropBox [{' '.join(map(str, page.crop))}]" if page.crop else ""
         objects[number] = (
             f"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 {width} {height}] {crop} /Rotate {page.rotate} "
-            f"/Contents {content} 0 R /Resources << /Font << /F 3 0 R >> >> >>"
+            f"/Contents {content} 0 R /Resources << /Font << /F 3 0 R >> >> "
+            f"/Annots [{' '.join(f'{500 + len(fields) + k} 0 R' for k in range(len(page.filled)))}] >>"
         ).encode()
+        for x, y, value in page.filled:
+            objects[500 + len(fields)] = (
+                f"<< /Type /Annot /Subtype /Widget /FT /Tx /T (field{len(fields)}) /V ({value}) /F 4 "
+                f"/DA (/F 16 Tf 0 g) /Rect [{x} {y} {x + 200} {y + 24}] /P {number} 0 R >>"
+            ).encode()
+            fields.append(f"{500 + len(fields)} 0 R")
         shown = [f"BT /F {size} Tf {x} {y} Td ({string}) Tj ET" for x, y, size, string in page.text]
         stream = "\n".join([*shown, page.content]).encode("latin-1")
         objects[content] = b"<< /Length %d >> stream\n%s\nendstream" % (len(stream), stream)
+    form = f"/AcroForm << /Fields [{' '.join(fields)}] /DR << /Font << /F 3 0 R >> >> >>" if fields else ""
+    objects[1] = f"<< /Type /Catalog /Pages 2 0 R {form} >>".encode()
     objects[2] = f"<< /Type /Pages /Kids [{' '.join(kids)}] /Count {len(pages)} >>".encode()
     trailer = "/Root 1 0 R"
     if encrypted:

@@ -211,6 +211,22 @@ def test_text_layer_of_rotated_and_cropped_pages(tmp_path: Path) -> None:
         assert max(abs(a - b) for a, b in zip(box.as_tuple(), ink, strict=True)) <= 2, page.id
 
 
+def test_what_was_filled_into_a_form_is_on_the_page(tmp_path: Path) -> None:
+    """Seen and read: a form without what was filled in is another document."""
+    label, empty = (30, 300, 20, "Applicant"), (30, 200, 20, "Cars")
+    write_pdf(
+        tmp_path / "filled.pdf", [PdfPage([label, empty], filled=[(30, 260, "Wilhelmina Brandt"), (90, 195, "47")])]
+    )
+    write_pdf(tmp_path / "blank.pdf", [PdfPage([label, empty])])
+    corpus = Corpus.from_folder(tmp_path)
+    filled, blank = corpus.page("filled_1"), corpus.page("blank_1")
+    assert blank.text == "Applicant\nCars" and {"Wilhelmina Brandt", "47"} <= set(filled.text.split("\n"))
+    line = next(line for line in filled.lines if line.text == "Wilhelmina Brandt")
+    box = tuple(round(side) for side in line.box.as_tuple())
+    inked, clear = (page.open_image().convert("L").crop(box).getextrema() for page in (filled, blank))
+    assert inked[0] < 60 and clear[0] > 200
+
+
 def test_lines_split_at_gutters_and_join_at_superscripts(tmp_path: Path) -> None:
     page = PdfPage(
         [(20, 300, 12, "left column"), (150, 300, 12, "right column"), (20, 200, 12, "energy  is mc")],

@@ -80,6 +80,12 @@ def test_finds_the_value_that_stands_with_the_label(rows, question, answer):
     assert find(rows, question).text == answer
 
 
+@pytest.mark.parametrize("number", ["1,250.5", "1.234.567,50", "1.234,5", "1 234,50", "1'250.00", "1\u00a0250", "12,5"])
+def test_a_number_is_read_as_people_write_it_and_never_in_part(number):
+    rows = [(f"Turnover of the plant was {number} euros", 100, 100, 20)]
+    assert find(rows, "How much was the turnover of the plant?").text == number
+
+
 def test_the_region_is_the_value_with_its_label():
     found = find(TABLE, "What is the figure of wastage for Honey?")
     assert [TABLE[i][0] for i in found.lines] == ["Honey", "16.5"]

@@ -21,6 +21,9 @@ from vrag_lib.rollout import rollout
 from vrag_lib.trajectory import Trajectory, Turn, write_trajectories
 from vrag_lib.viewer import trajectory_html, visible
 
+_SHOWN_CHARS = 300
+"""Of a reply without a proper action."""
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -134,9 +137,9 @@ def describe_turns(trajectory: Trajectory) -> str:
 
 
 def _reply_line(turn: Turn) -> str:
+    if turn.action is None:  # what was said instead is what one needs to see
+        return f"{textwrap.shorten(turn.text, _SHOWN_CHARS, placeholder=' …')} [invalid: {turn.invalid}]".strip()
     thought = turn.text.partition("<think>")[2].partition("</think>")[0].strip()
-    if turn.action is None:
-        return f"{thought} [invalid: {turn.invalid}]".strip()
     verb = {ActionKind.SEARCH: "search", ActionKind.CROP: "look closer at", ActionKind.ANSWER: "answer"}
     return f"{thought} → {verb[turn.action.kind]}: {turn.action.argument}".strip()
 

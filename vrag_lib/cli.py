@@ -24,6 +24,7 @@ from vrag_lib.cli_options import (
     add_retriever_options,
     check_retriever,
     interval_table,
+    overridden,
     parse,
     read_config,
     read_policy_config,
@@ -190,6 +191,9 @@ def _eval_retrieval(commands) -> None:
         from vrag_lib.evaluate_retrieval import default_folder, run_eval_retrieval
 
         config = read_config(arguments)
+        if unused := [key for key in overridden(arguments) if key.startswith(("retrieval.", "corpus."))
+                      and key != "corpus.workers"]:  # fmt: skip
+            raise ValueError(f"{unused[0]} changes nothing here: the table compares methods that it sets up itself")
         out = Path(arguments.out or default_folder(config, arguments.dataset))
         dataset = find_dataset(arguments.dataset)
         if not dataset.exists():

@@ -100,6 +100,8 @@ def _evaluate(commands) -> None:
         from vrag_lib.judge import rule_judge
 
         names, paths = arguments.dataset or ["minidocs"], arguments.path or []
+        if paths and not arguments.dataset:
+            raise ValueError(f"--path {paths[0]} of which --dataset? Documents and questions of one's own are unified")
         if paths and len(paths) != len(names):
             raise ValueError("--path is given once for each --dataset, in the same order, or not at all")
         if len(set(names)) < len(names):
@@ -115,7 +117,7 @@ def _evaluate(commands) -> None:
         frame = evaluate_datasets(
             dict(zip(names, paths or [None] * len(names), strict=True)), config, out, agent=arguments.agent,
             split=arguments.split, limit=arguments.limit, partial=arguments.partial, seeds=arguments.seeds,
-            judge=judge,
+            judge=judge, answerable_only=not arguments.unanswerable,
         )  # fmt: skip
         official = [metric for name in names for metric in OFFICIAL_METRICS[name]]
         metrics = ["accuracy", *official, "finish_rate", "ndcg", "invalid_rate"]
@@ -134,6 +136,8 @@ def _evaluate(commands) -> None:
     parser.add_argument("--path", action="append", metavar="FOLDER", help=paths)
     parser.add_argument("--partial", action="store_true", help="leave out questions on documents that are missing")
     parser.add_argument("--split", default="test", help="minidocs: train, validation or test (default: %(default)s)")
+    without = "ask questions that the documents do not answer, too, whose right answer says so"
+    parser.add_argument("--unanswerable", action="store_true", help=without)
     agents = "what the policy may do and is shown: vrag_rl, react, vanilla_rag_5, ... (default: %(default)s)"
     parser.add_argument("--agent", default="vrag_rl", help=agents)
     add_policy_options(parser, "the preset's")

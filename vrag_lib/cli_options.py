@@ -117,7 +117,7 @@ def read_policy_config(
         **(named or {}),
     }
     config = read_config(arguments, options, experiment)
-    if arguments.policy is None and "policy.kind" not in _overridden(arguments):
+    if arguments.policy is None and "policy.kind" not in overridden(arguments):
         config = _imply_policy(arguments, config)
     if arguments.model is not None:
         _refuse_unused("--model", "--policy", config.policy.kind, _WITH_MODEL)
@@ -127,7 +127,7 @@ def read_policy_config(
     return _fit_images(arguments, config)
 
 
-def _overridden(arguments: argparse.Namespace) -> set[str]:
+def overridden(arguments: argparse.Namespace) -> set[str]:
     """The settings that the command line gives as key=value."""
     return {text.partition("=")[0].strip() for text in arguments.overrides}
 
@@ -166,7 +166,7 @@ def _refuse_unused(option: str, choice: str, chosen: str, used_by: Sequence[str]
 def _fit_images(arguments: argparse.Namespace, config: Config) -> Config:
     """Images no larger than the checkpoint reads them, unless the command line says how large they are."""
     sizes = ("environment.min_pixels", "environment.max_pixels")
-    if config.policy.kind != "transformers" or not config.policy.model or _overridden(arguments).intersection(sizes):
+    if config.policy.kind != "transformers" or not config.policy.model or overridden(arguments).intersection(sizes):
         return config
     from vrag_lib.factory import image_pixels
     from vrag_lib.geometry import PATCH

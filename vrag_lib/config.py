@@ -13,7 +13,7 @@ import difflib
 import json
 import os
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -334,13 +334,15 @@ def override(config: Config, overrides: list[str] | tuple[str, ...]) -> Config:
     Raises ConfigError for an unknown key (with the nearest known one), a value of the wrong kind, and for values of
     `corpus`, `retrieval`, `environment` and `policy` that these cannot have: here, before anything is made with them.
     """
+    wanted: dict[str, Any] = {}
     for text in overrides:
         key, sign, value = text.partition("=")
         if not sign:
             raise ConfigError(f"an override is written key=value, for example seed=1; got {text!r}")
         if key.strip() == "preset":
             raise ConfigError(f"a preset is not overridden but chosen: --preset {value.strip()}")
-        config = _replace(config, key.strip().split("."), value.strip(), key.strip())
+        _read_into(wanted, config, key.strip().split("."), value.strip(), key.strip())
+    config = _replaced(config, wanted)
     if not 0 <= config.seed < 2**32:
         raise ConfigError(f"seed lies between 0 and 2^32 - 1, not at {config.seed}")
     config.corpus.validate()
@@ -350,7 +352,17 @@ def override(config: Config, overrides: list[str] | tuple[str, ...]) -> Config:
     return config
 
 
-def _replace(node: Any, path: list[str], value: str, key: str) -> Any:
+def _replaced(node: Any, wanted: Mapping[str, Any]) -> Any:
+    """All settings of a stage at once: some are checked against one another."""
+    changes = {
+        name: _replaced(getattr(node, name), value) if isinstance(value, dict) else value
+        for name, value in wanted.items()
+    }
+    return dataclasses.replace(node, **changes)
+
+
+def _read_into(wanted: dict[str, Any], node: Any, path: list[str], value: str, key: str) -> None:
+    """Puts the value of a key into `wanted`, which is nested like the config `node`."""
     names = {f.name: f for f in dataclasses.fields(node)}
     if path[0] not in names:
         stage, rest = key.removesuffix(".".join(path)), path[1:]
@@ -363,11 +375,12 @@ def _replace(node: Any, path: list[str], value: str, key: str) -> Any:
         if len(path) == 1:
             inner = ", ".join(f"{key}.{f.name}" for f in dataclasses.fields(current))
             raise ConfigError(f"{key!r} is a stage, not a setting; its settings are {inner}")
-        return dataclasses.replace(node, **{path[0]: _replace(current, path[1:], value, key)})
+        _read_into(wanted.setdefault(path[0], {}), current, path[1:], value, key)
+        return
     if len(path) > 1:
         raise ConfigError(f"there is no setting {key!r}: {path[0]!r} has no parts")
     kind = typing.get_type_hints(type(node))[path[0]]
-    return dataclasses.replace(node, **{path[0]: read_value(value, kind, key)})
+    wanted[path[0]] = read_value(value, kind, key)
 
 
 def _settings(node: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:

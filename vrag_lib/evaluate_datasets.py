@@ -104,7 +104,17 @@ def _open_dataset(
         corpus, questions = load_dataset(
             form, path, answerable_only=answerable_only and not own, split=split, **options
         )
-        return corpus, tuple(filter(is_answerable, questions)) if own and answerable_only else questions
+        if own and answerable_only:
+            asked = tuple(filter(is_answerable, questions))
+            if len(asked) < len(questions):
+                left = len(questions) - len(asked)
+                logger.warning(
+                    "left out: %d of %d questions are marked as not answerable (--unanswerable asks them)",
+                    left,
+                    len(questions),
+                )
+            questions = asked
+        return corpus, questions
     if name != "minidocs":
         raise ValueError(f"dataset {name!r} needs the folder that holds its documents and questions")
     from vrag_lib.minidocs import MiniDocs

@@ -37,7 +37,12 @@ _DATE = re.compile(
     rf"(?:\d{{1,2}}\s+{_MONTH}\s+|{_MONTH}\s+(?:\d{{1,2}}(?:\s?[-–]\s?\d{{1,2}})?,?\s+)?)?\b(?:1[5-9]|20)\d\d\b"
 )
 _UNITS = r"(?:\s?(?:%|percent\b|thousand\b|million\b|billion\b|bn\b|k\b|m\b))?"
-_NUMBER = re.compile(rf"(?:(?<![\w.,)])[-+−–])?[$€£¥]?\s?(?<![\w.,])\d+(?:,\d+)*(?:\.\d+)?{_UNITS}", re.I)
+_DIGITS = (
+    r"(?:\d{1,3}(?:['’\u00a0\u202f]\d{3})+(?:[.,]\d+)?|\d{1,3}(?: \d{3})+,\d+|\d{1,3}(?:\.\d{3}){2,}(?:,\d+)?|"
+    r"\d{1,3}\.\d{3},\d+|\d+(?:,\d+)*(?:\.\d+)?)(?![.,'’]?\d)"
+)
+"""A whole number as people write it, 1,250.5 or 1'250.5 or 1.250,5, and never a part of one."""
+_NUMBER = re.compile(rf"(?:(?<![\w.,)])[-+−–])?[$€£¥]?\s?(?<![\w.,'’]){_DIGITS}{_UNITS}", re.I)
 _PERCENT = re.compile(r"%|percent", re.I)
 _YEAR = re.compile(r"(?:1[5-9]|20)\d\d")
 _CAPITALISED = rf"(?!{_MONTH})[A-Z][\w.'’-]*"

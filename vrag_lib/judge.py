@@ -34,6 +34,10 @@ _NUMBER = re.compile(
     r"([-+]?)\s*((?:us\$|usd|eur|gbp|[$€£¥])?)\s*([-+]?)(?=\.?\d)(\d{1,3}(?:,\d{3})+|\d*)(\.\d+)?(%?)"
     r"(?:(\s*)(\D[^,;]*))?"
 )
+_DECIMAL_COMMA = re.compile(r"(?<![\w.,'])(\d{1,3}(?:[.' ]\d{3})+|\d+),(\d+)(?![.,']?\d)")
+"""A number as 12,5 or 1.234,50; three digits behind a comma are thousands, unless other signs tell those apart."""
+_GROUPS = re.compile(r"(?<![\w.,'])(?<!\d )\d{1,3}(?:\.\d{3}(?:\.\d{3})+|(?:[' ]\d{3})+)(?![,']?\d| \d)")
+"""Thousands told apart by two points or more, by apostrophes or by spaces: 1.234.567, 1'250, 1 250."""
 _UNIT_NAMES = {"percent": "%", "pct": "%", "dollar": "$", "usd": "$", "us$": "$", "euro": "€", "eur": "€",
                "pound": "£", "gbp": "£", "yen": "¥"}  # fmt: skip
 _NO_UNIT = frozenset(
@@ -69,6 +73,8 @@ def rule_judge(question: str, reference: str, answer: str, tolerance: float = 0.
     True
     >>> rule_judge("which?", "rye, wheat", "Wheat and rye")
     True
+    >>> rule_judge("what share?", "12,5 %", "12.5%"), rule_judge("what ratio?", "3,2", "2,3")
+    (True, False)
     >>> rule_judge("how many?", "12", "12 or 13"), rule_judge("how far?", "3 km", "3 miles")
     (False, False)
     """
@@ -79,10 +85,12 @@ def rule_judge(question: str, reference: str, answer: str, tolerance: float = 0.
         return True
     expected, given = _quantity(reference), _quantity(answer)
     if expected is not None:
-        return given is not None and _agree(expected, given, tolerance)
-    parts, found = _as_list(reference), _as_list(answer)
-    return len(parts) == len(found) > 1 and all(
-        _same_part(part, other, tolerance) for part, other in zip(parts, found, strict=True)
+        return (given is not None and _agree(expected, given, tolerance)) or _same_pair(reference, answer)
+    parts = _as_list(reference)
+    return any(
+        len(parts) == len(found) > 1
+        and all(_same_part(part, other, tolerance) for part, other in zip(parts, found, strict=True))
+        for found in (_as_list(answer), _as_list(answer, commas_part=True))
     )
 
 
@@ -148,7 +156,7 @@ def parse_number(text: str) -> float | None:
 def _quantity(text: str) -> _Quantity | None:
     """The number and the words of its unit, singular, signs for the units that have one. What follows a number is no
     unit when it is long or takes something back."""
-    text = _plain(text).strip().rstrip(".。").replace("per cent", "percent")
+    text = _in_english(_plain(text).strip().rstrip(".。")).replace("per cent", "percent")
     match = _NUMBER.fullmatch(text)
     if match is None:
         return None
@@ -178,10 +186,31 @@ def _agree(expected: _Quantity, given: _Quantity, tolerance: float) -> bool:
     )
 
 
-def _as_list(text: str) -> list[_Quantity | str]:
+def _same_pair(reference: str, answer: str) -> bool:
+    """Whether a reference like 3,2, which may be a number or two, is answered as two in its order."""
+    two = re.fullmatch(r"(\d+),(\d+)", reference.strip())
+    pair = two and rf"\[?{two[1]}(?:[,;]\s*|\s+and\s+){two[2]}[\].]?"
+    return bool(pair) and re.fullmatch(pair, _plain(answer).strip()) is not None
+
+
+def _in_english(text: str) -> str:
+    """Numbers in an English spelling: a point before decimals, no sign between thousands where that was none of
+    commas."""
+
+    def decimals(number: re.Match[str]) -> str:
+        whole, part = number.groups()
+        if whole.isdigit() and len(part) > 2:
+            return number[0]
+        return f"{re.sub('[^0-9]', '', whole)}.{part}"
+
+    return _GROUPS.sub(lambda number: re.sub("[^0-9]", "", number[0]), _DECIMAL_COMMA.sub(decimals, text))
+
+
+def _as_list(text: str, commas_part: bool = False) -> list[_Quantity | str]:
     """The parts of a list, numbers by their value before other text by its spelling; a part may stand in quotes, as in
-    a list written by a program."""
-    parts = _LIST_SEPARATORS.split(_plain(text).strip().strip("[]"))
+    a list written by a program. commas_part: 3,2 is two numbers, not one."""
+    text = _plain(text).strip().strip("[]")
+    parts = _LIST_SEPARATORS.split(text if commas_part else _in_english(text))
     parts = (_QUOTED.sub(r"\2", part.strip()) for part in parts if normalise(part))
     found = (_quantity(part) or normalise(part) for part in parts)
     return sorted(

@@ -28,6 +28,7 @@ from vrag_lib.paper_numbers import (
     SCORE_BEHAVIOUR,
     SCORE_OVERALL,
 )
+from vrag_lib.stats import Interval
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -49,6 +50,11 @@ BEFORE_AND_AFTER = ("sft", "vrag_rl", "invalid_penalised", "sft_1000", "rl_1000"
 
 SUMMARY = ("sft", "retrieval_only", "vrag_answer_only", "vrag_rl", "gold_regions")
 """Rows of the summary, after the best agent that cannot crop."""
+
+FINDING = ("first_gold", "gold_seen", "gold_recall", "ndcg")
+"""Of COLUMNS those that say how well pages are found."""
+
+_NONE = Interval(math.nan, math.nan, math.nan)
 
 
 def make_tables(rows: Rows) -> dict[str, pd.DataFrame]:
@@ -90,9 +96,12 @@ def _with_limits(name: str, found: Interval) -> dict[str, float]:
 
 
 def _measured(rows: Rows, cell: str, columns: Sequence[str]) -> dict[str, Any]:
+    """The columns of a cell; those of FINDING are NaN where the agent neither searches nor is given what was found."""
+    agent = CELLS[cell].find_agent()
+    finds = agent.allow_search or agent.given == "retrieved"
     row: dict[str, Any] = {"cell": cell, "about": CELLS[cell].about, **_counts(rows[cell])}
     for column in columns:
-        row |= _with_limits(column, interval(rows[cell], column))
+        row |= _with_limits(column, interval(rows[cell], column) if finds or column not in FINDING else _NONE)
     return row
 
 
@@ -110,8 +119,7 @@ def summary(rows: Rows) -> pd.DataFrame:
     best = max(blind, key=lambda name: rows[name]["judge"].mean(), default=None)
     table = []
     for name in [best, *names] if best else names:
-        columns = ["accuracy"] if "gold" in CELLS[name].find_agent().given else ["accuracy", "ndcg"]
-        row = dict.fromkeys(("ndcg", "ndcg_low", "ndcg_high"), math.nan) | _measured(rows, name, columns)
+        row = _measured(rows, name, ("accuracy", "ndcg"))
         for kind in ELEMENT_KINDS:
             row |= _with_limits(kind, interval(rows[name], "accuracy", kind))
         table.append(row | {"best_without_crop": name == best})

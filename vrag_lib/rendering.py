@@ -42,13 +42,17 @@ MAX_IMAGE_PIXELS = 150_000_000
 MAX_PAGE_ASPECT = 200
 """Qwen's image processor refuses a larger ratio of sides, so such a page could never be shown."""
 
-_CACHE_VERSION = 2  # raise when the files written below change in content or form
+_CACHE_VERSION = 3  # raise when the files written below change in content or form
 _PDF_ERRORS = {
     2: "the file cannot be read",
     3: "not a PDF, or broken beyond repair",
     4: "encrypted: a password is needed to open it",
     5: "encrypted in a way that is not supported",
 }
+
+
+_WRITTEN = (pdfium_c.FPDF_ANNOT_WIDGET, pdfium_c.FPDF_ANNOT_FREETEXT)
+"""Annotations whose text is content of the page."""
 
 
 class UnreadableError(ValueError):
@@ -181,6 +185,7 @@ def _open_pdf(path: str) -> pdfium.PdfDocument:
         error = pdfium_c.FPDF_GetLastError()
         raise UnreadableError(_PDF_ERRORS.get(error, f"pdfium cannot open it (error {error})"))
     document = pdfium.PdfDocument(raw)
+    document.init_forms()  # before anything else is asked of it
     if len(document) == 0:  # asked here because pdfium's last error, from whichever file, would be blamed for it
         document.close()
         raise UnreadableError("the document has no pages")
@@ -191,9 +196,28 @@ def _render_page(
     document: pdfium.PdfDocument | Image.Image, number: int, settings: RenderSettings
 ) -> tuple[Image.Image, list[list]]:
     if isinstance(document, pdfium.PdfDocument):
-        with closing(document[number - 1]) as page:
+        with closing(_open_page(document, number)) as page:
             return _render_pdf_page(page, settings)
     return _render_frame(document, number, settings), []
+
+
+def _open_page(document: pdfium.PdfDocument, number: int) -> pdfium.PdfPage:
+    """The page, with what was filled into a form or typed on it as part of it: as annotations, the former would stand
+    neither in the image nor in the text, the latter not in the text."""
+    page = document[number - 1]
+    written = any(kind in _WRITTEN for kind in _annotations(page))
+    if written and pdfium_c.FPDFPage_Flatten(page, pdfium_c.FLAT_NORMALDISPLAY) == pdfium_c.FLATTEN_SUCCESS:
+        page.close()
+        page = document[number - 1]
+    return page
+
+
+def _annotations(page: pdfium.PdfPage) -> Iterator[int]:
+    """The kinds of a page's annotations."""
+    for index in range(pdfium_c.FPDFPage_GetAnnotCount(page)):
+        annotation = pdfium_c.FPDFPage_GetAnnot(page, index)
+        yield pdfium_c.FPDFAnnot_GetSubtype(annotation)
+        pdfium_c.FPDFPage_CloseAnnot(annotation)
 
 
 def _render_pdf_page(page: pdfium.PdfPage, settings: RenderSettings) -> tuple[Image.Image, list[list]]:

@@ -116,7 +116,7 @@ def _dataset_collection(config: Config, split: str) -> Collection:
     if name in HUB_DATASETS and (path is None or name != "slidevqa"):
         logger.warning("the questions of %s are a test set: what is trained on them cannot be measured on them", name)
     corpus, questions = open_datasets({name: path}, config, split)
-    there = [question for question in questions if all(page in corpus for page in question.gold_page_ids)]
+    there = [q for q in questions if q.gold_page_ids and all(page in corpus for page in q.gold_page_ids)]
     if len(there) < len(questions):
         logger.warning("left out: %d of %d questions lack gold pages", len(questions) - len(there), len(questions))
     if config.smoke:
