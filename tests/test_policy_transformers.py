@@ -21,6 +21,7 @@ from vrag_lib.policy_transformers import CheckpointError, TransformersPolicy, sa
 from vrag_lib.retrieval import Hit
 from vrag_lib.rollout import rollout, turn_seed
 from vrag_lib.scale_model import build_tiny_qwen2_5_vl
+from vrag_lib.training import lora_config, merge_adapter
 from vrag_lib.trajectory import ImageRef, StopReason, Turn
 
 PAGES = {"a_1": (320, 240), "a_2": (200, 300), "a_3": (260, 260)}
@@ -473,6 +474,37 @@ def test_random_rollouts_keep_their_tokens(build, corpus):
     trajectories = rollout(build(), questions, corpus, AllPages(), config, batch_size=3)
     assert all(len(t.replies) == 3 and t.stop_reason is StopReason.MAX_TURNS for t in trajectories)
     assert all(sum(t.tokens().sampled) == sum(len(turn.token_ids) for turn in t.replies) for t in trajectories)
+
+
+def test_an_adapter_is_a_model_and_stays_exact_in_bfloat16(checkpoint, corpus, tmp_path):
+    """A change too small for the numbers of a model in bfloat16 is there all the same; merged it would be gone."""
+    from peft import PeftModel, get_peft_model
+    from transformers import AutoModelForImageTextToText
+
+    adapted = get_peft_model(AutoModelForImageTextToText.from_pretrained(checkpoint), lora_config(2, 4))
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                weight.fill_(1e-3)
+    adapted.save_pretrained(tmp_path / "adapter")
+    plain, policy, merged, coarse = (
+        TransformersPolicy.from_pretrained(folder, corpus, device="cpu", dtype=dtype, max_reply_tokens=6)
+        for folder, dtype in (
+            (checkpoint, "float32"),
+            (tmp_path / "adapter", "float32"),
+            (merge_adapter(checkpoint, tmp_path / "adapter", tmp_path / "merged", "float32"), "float32"),
+            (tmp_path / "adapter", "bfloat16"),
+        )
+    )
+    ours, whole, before = (
+        [r.logprobs for r in p.generate(conversations(), seeds=[1, 2, 3, 4])] for p in (policy, merged, plain)
+    )
+    assert all(own == pytest.approx(other, abs=1e-4) for own, other in zip(ours, whole, strict=True))
+    assert ours != before
+    assert isinstance(coarse.model, PeftModel) and policy.name == "transformers:adapter"
+    kinds = {("lora" in name): weight.dtype for name, weight in coarse.model.named_parameters()}
+    assert kinds == {False: torch.bfloat16, True: torch.float32}
+    assert all(reply.logprobs for reply in coarse.generate(conversations()))
 
 
 def test_checkpoints_that_cannot_be_used_say_why(checkpoint, corpus, tmp_path):

@@ -475,6 +475,30 @@ def test_an_adapter_swapped_at_every_step_is_followed(adapted, monkeypatch):
 
 
 @pytest.mark.vllm
+def test_an_adapter_is_a_model(tmp_path):
+    """What RL leaves is measured as it is: merged into bfloat16 most of it would be rounded away."""
+    from peft import get_peft_model
+
+    trained = TransformersPolicy.from_pretrained(SCALE_POLICY, corpus(), device="cpu", **LIMITS)
+    trained.model = get_peft_model(trained.model, lora_config(8, 16))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in trained.model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.05 * torch.randn_like(parameter)
+    trained.model.peft_config["default"].base_model_name_or_path = str(SCALE_POLICY)
+    trained.model.save_pretrained(tmp_path / "adapter")
+    policy = VLLMPolicy.from_pretrained(tmp_path / "adapter", corpus(), device="cpu", **LIMITS)
+    assert largest_gap(trained, policy.generate(conversations(), seeds=[1, 2, 3, 4])) < 1e-4
+
+
+def test_vllm_is_not_asked_for_another_card_than_its_first(monkeypatch):
+    monkeypatch.setattr("vrag_lib.policy_vllm.require_vllm", lambda: None)
+    with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES=1"):
+        VLLMPolicy.from_pretrained(SCALE_POLICY, None, device="cuda:1")
+
+
+@pytest.mark.vllm
 def test_all_weights_handed_over_are_followed_the_tied_head_and_the_vision_tower_too(plain):
     trained = TransformersPolicy.from_pretrained(SCALE_POLICY, corpus(), device="cpu", **LIMITS)
     torch.manual_seed(0)

@@ -76,18 +76,23 @@ def _merge(commands) -> None:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ValueError(f"{out} is there already; name a new folder, or delete it")
         try:
-            print(f"model  {merge_adapter(base, arguments.adapter, out)}")
+            print(f"model  {merge_adapter(base, arguments.adapter, out, arguments.dtype)}")
         except (OSError, ValueError, RuntimeError) as error:
             raise ValueError(
                 f"{arguments.adapter} and {base} cannot be merged; is that the checkpoint the adapter was trained on? "
                 f"Name it with --checkpoint. {' '.join(str(error).split())[:400]}"
             ) from error
 
-    what = "add a LoRA adapter, which training with LoRA leaves, to its checkpoint: a model that every command takes"
+    what = (
+        "add a LoRA adapter, which training with LoRA leaves, to its checkpoint, for other programs: every command "
+        "here takes the adapter, too, and in bfloat16 the merge rounds away most of what RL changed"
+    )
     positionals = [("adapter", "the `final` folder of a training run"), ("out", "folder of the model, a new one")]
     parser = add_command(commands, "merge", run, what, positionals)
     help_text = "folder or hub id that the adapter was trained on (default: the one that it names itself)"
     parser.add_argument("--checkpoint", metavar="BASE", help=help_text)
+    dtypes = "numbers of the model: auto, as its checkpoint (default), bfloat16, or float32, which loses nothing"
+    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help=dtypes)
 
 
 def _evaluate(commands) -> None:

@@ -162,7 +162,9 @@ class RolloutConfig:
     """What samples the replies of a `policy.kind=transformers`, in evaluation and in rollouts of GRPO."""
 
     engine: str = setting("transformers", "transformers, or vllm (package of its own; paged, continuous batches)")
-    merge_adapter: bool = setting(False, "vllm: send weights with LoRA added, not the adapter; faster on a CPU")
+    merge_adapter: bool = setting(
+        False, "vllm: send weights with LoRA added, not the adapter; the matrix keeps models so, too; faster on a CPU"
+    )
     gpu_memory_utilization: float = setting(0.4, "vllm, GPU: share of the card it takes, weights included (paper: 0.6)")
     sleep: bool = setting(True, "vllm, GPU: free its memory for the trainer between rollouts")
     enforce_eager: bool = setting(False, "vllm, GPU: no CUDA graphs: starts sooner, samples slower; always so on a CPU")

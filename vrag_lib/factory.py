@@ -209,8 +209,11 @@ def image_pixels(model: str | Path) -> tuple[int, int] | None:
     ensure_torchvision()
     from transformers import AutoImageProcessor
 
+    from vrag_lib.training import checkpoint_and_adapter
+
+    checkpoint, _ = checkpoint_and_adapter(model)
     try:
-        processor = AutoImageProcessor.from_pretrained(model, local_files_only=Path(model).is_dir())
+        processor = AutoImageProcessor.from_pretrained(checkpoint, local_files_only=Path(checkpoint).is_dir())
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{model} cannot be loaded as a Qwen2-VL-type checkpoint: {error}") from error
     least, most = (processor.size.get(name) for name in ("shortest_edge", "longest_edge"))

@@ -224,7 +224,7 @@ class Workbench:
         if (made := read_json(done)) is None:
             try:
                 final = train(folder)
-                if (final / "adapter_config.json").is_file():
+                if self.config.rollout.merge_adapter and (final / "adapter_config.json").is_file():
                     from vrag_lib.training import merge_adapter
 
                     final = merge_adapter(start, final, folder / "merged")

@@ -25,7 +25,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vrag_lib.actions import IMAGE_TOKENS, STOP_STRINGS, cut_reply
@@ -47,13 +46,6 @@ are shown again when it is trained on."""
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be this policy; the message says why."""
-
-
-def refuse_adapter(path: str | Path) -> None:
-    """Raises CheckpointError for a folder with a LoRA adapter: it would be loaded into the model in a way that neither
-    vLLM knows nor a training on top of it keeps."""
-    if (Path(path) / "adapter_config.json").is_file():
-        raise CheckpointError(f"{path} is a LoRA adapter; `vrag merge {path} OUT` makes a checkpoint of it")
 
 
 @dataclass(frozen=True)

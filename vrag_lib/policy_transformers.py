@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from vrag_lib.context_cache import ContextCache, batch_cache, row_states
 from vrag_lib.policy import Reply
-from vrag_lib.policy_chat import ChatPolicy, CheckpointError, Context, refuse_adapter
+from vrag_lib.policy_chat import ChatPolicy, CheckpointError, Context
 from vrag_lib.torch_setup import ensure_torchvision
+from vrag_lib.training import checkpoint_and_adapter
 from vrag_lib.trajectory import ImageRef
 from vrag_lib.vision_cache import remember_features
 
@@ -55,10 +56,12 @@ class TransformersPolicy(ChatPolicy):
     def from_pretrained(
         cls, path: str | Path, corpus: Corpus, *, device: str = "auto", dtype: str = "auto", **settings: Any
     ) -> TransformersPolicy:
-        """Load a checkpoint folder or hub id. `device`: auto (cuda if there is one), cpu, cuda; `dtype`: auto
-        (float32 on the CPU, else bfloat16), float32, bfloat16. `settings` are those of the class.
+        """Load a checkpoint folder, hub id, or the folder of a LoRA adapter, which stays one: beside weights in
+        bfloat16 it is exact, added to them it is mostly rounded away. `device`: auto (cuda if there is one), cpu, cuda;
+        `dtype`: auto (float32 on the CPU, else bfloat16), float32, bfloat16. `settings` are those of the class.
 
-        Raises CheckpointError when it cannot be loaded, or when a weight of the model is not in it.
+        Raises CheckpointError when it cannot be loaded, or when a weight of the model is not in it, ConfigError for an
+        adapter whose checkpoint is not there.
         """
         ensure_torchvision()
         import torch
@@ -68,12 +71,12 @@ class TransformersPolicy(ChatPolicy):
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if dtype == "auto":
             dtype = "float32" if device == "cpu" else "bfloat16"
-        local = Path(path).is_dir()
-        refuse_adapter(path)
+        checkpoint, adapter = checkpoint_and_adapter(path)
+        local = Path(checkpoint).is_dir()
         try:
-            processor = AutoProcessor.from_pretrained(path, local_files_only=local)
+            processor = AutoProcessor.from_pretrained(checkpoint, local_files_only=local)
             model, info = AutoModelForImageTextToText.from_pretrained(
-                path,
+                checkpoint,
                 dtype=getattr(torch, dtype),
                 local_files_only=local,
                 output_loading_info=True,
@@ -84,6 +87,10 @@ class TransformersPolicy(ChatPolicy):
         if info["missing_keys"]:
             missing = sorted(info["missing_keys"])
             raise CheckpointError(f"{path} lacks {len(missing)} weights of its model, for example {missing[0]}")
+        if adapter is not None:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, adapter)
         settings.setdefault("name", f"transformers:{Path(path).name}")
         return cls(model.to(device), processor, corpus, **settings)
 

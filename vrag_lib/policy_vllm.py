@@ -19,6 +19,7 @@ What vLLM does in silence, and what is done about it here:
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import sys
 from collections.abc import Iterable
@@ -28,9 +29,9 @@ from typing import TYPE_CHECKING, Any
 from vrag_lib.actions import STOP_STRINGS
 from vrag_lib.config import ConfigError, RolloutConfig
 from vrag_lib.policy import Reply
-from vrag_lib.policy_chat import ChatPolicy, CheckpointError, Context, refuse_adapter
+from vrag_lib.policy_chat import ChatPolicy, CheckpointError, Context
 from vrag_lib.torch_setup import ensure_torchvision
-from vrag_lib.training import process_count
+from vrag_lib.training import checkpoint_and_adapter, process_count
 
 if TYPE_CHECKING:
     import torch
@@ -179,34 +180,43 @@ class VLLMPolicy(ChatPolicy):
         lora_rank: int = 0,
         **limits: Any,
     ) -> VLLMPolicy:
-        """Load a checkpoint folder or hub id. `device`: auto (cuda if there is one), cpu, cuda; `dtype`: auto (float32
-        on the CPU, else bfloat16), float32, bfloat16. lora_rank: largest adapter that `use_adapter` will be given.
+        """Load a checkpoint folder, hub id, or the folder of a LoRA adapter. `device`: auto (cuda if there is one),
+        cpu, cuda; `dtype`: auto (float32 on the CPU, else bfloat16), float32, bfloat16. lora_rank: largest adapter that
+        `use_adapter` will be given.
 
-        Raises ConfigError without vLLM, CheckpointError when the checkpoint cannot be loaded.
+        Raises ConfigError without vLLM, for another card than the first, and for an adapter whose checkpoint is not
+        there, CheckpointError when the checkpoint cannot be loaded.
         """
         require_vllm()
-        refuse_adapter(path)
+        if device.startswith("cuda:") and device != "cuda:0":
+            raise ConfigError(
+                f"vLLM runs on the first card that it sees, not on policy.device={device}: show it that one alone "
+                f"(CUDA_VISIBLE_DEVICES={device.removeprefix('cuda:')}) and leave policy.device=cuda"
+            )
+        checkpoint, adapter = checkpoint_and_adapter(path)
+        if adapter is not None:
+            lora_rank = max(lora_rank, json.loads((adapter / "adapter_config.json").read_text())["r"])
         ensure_torchvision()
         import torch
         from transformers import AutoConfig, AutoProcessor, GenerationConfig
 
-        on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+        on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
         if dtype == "auto":
             dtype = "bfloat16" if on_gpu else "float32"
-        local = {"local_files_only": Path(path).is_dir()}
+        local = {"local_files_only": Path(checkpoint).is_dir()}
         try:
-            config = AutoConfig.from_pretrained(path, **local)
-            processor = AutoProcessor.from_pretrained(path, **local)
+            config = AutoConfig.from_pretrained(checkpoint, **local)
+            processor = AutoProcessor.from_pretrained(checkpoint, **local)
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(f"{path} cannot be loaded as a Qwen2-VL-type checkpoint: {error}") from error
         try:
-            generation_config = GenerationConfig.from_pretrained(path, **local)
+            generation_config = GenerationConfig.from_pretrained(checkpoint, **local)
         except OSError:  # a checkpoint may do without
             generation_config = None
         limits.setdefault("name", f"vllm:{Path(path).name}")
         policy = cls(None, processor, config, generation_config, corpus, **limits)
         policy.engine = start_engine(
-            path,
+            checkpoint,
             settings or RolloutConfig(),
             on_gpu=on_gpu,
             dtype=dtype,
@@ -214,6 +224,8 @@ class VLLMPolicy(ChatPolicy):
             batch_size=policy.batch_size,
             lora_rank=lora_rank,
         )
+        if adapter is not None:
+            policy.use_adapter(adapter, 1)
         return policy
 
     def use_adapter(self, folder: str | Path, number: int) -> None:

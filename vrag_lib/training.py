@@ -62,8 +62,10 @@ def freeze_vision(model: Any) -> int:
     return sum(p.numel() for p in frozen)
 
 
-def merge_adapter(checkpoint: str | Path, adapter: str | Path, output: str | Path) -> Path:
-    """Add a LoRA adapter to the checkpoint it was trained on and write an ordinary checkpoint, processor included.
+def merge_adapter(checkpoint: str | Path, adapter: str | Path, output: str | Path, dtype: str = "auto") -> Path:
+    """Add a LoRA adapter to the checkpoint it was trained on and write an ordinary checkpoint, processor included, in
+    `dtype`: float32, bfloat16, or auto, the checkpoint's own. In bfloat16 what RL changes is mostly less than half a
+    step of the numbers, and is lost: policies take such an adapter as it is.
 
     Raises FileNotFoundError when `adapter` holds none.
     """
@@ -74,12 +76,19 @@ def merge_adapter(checkpoint: str | Path, adapter: str | Path, output: str | Pat
 
     if not (Path(adapter) / _ADAPTER).is_file():
         raise FileNotFoundError(f"{adapter} holds no LoRA adapter; it is the `final` folder of a training run")
-    model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype="auto", use_safetensors=True)
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=dtype, use_safetensors=True)
     with torch.no_grad():
         merged = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
     merged.save_pretrained(output)
     AutoProcessor.from_pretrained(checkpoint).save_pretrained(output)
     return Path(output)
+
+
+def checkpoint_and_adapter(path: str | Path) -> tuple[str | Path, Path | None]:
+    """What a model is loaded from: its checkpoint, and the LoRA adapter where `path` is one. Raises as `base_of`."""
+    if (Path(path) / _ADAPTER).is_file():
+        return base_of(path), Path(path)
+    return path, None
 
 
 def check_checkpoint(path: str | Path) -> None:
