@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import training_jobs
@@ -14,7 +15,7 @@ from vrag_lib.trajectory import read_trajectories
 torch = pytest.importorskip("torch")
 
 from vrag_lib.sharding import whole_weights  # noqa: E402
-from vrag_lib.training import use_own_card  # noqa: E402
+from vrag_lib.training import on_one_card, use_own_card  # noqa: E402
 
 BY_ROUNDING = {"sampler_gap", "sampler_gap_max", "epoch"}
 
@@ -58,6 +59,20 @@ def test_each_process_loads_its_models_on_its_own_card(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "3")
     use_own_card()
     assert chosen == [3]
+
+
+def test_without_a_launcher_one_card_is_trained_on(monkeypatch):
+    """Transformers counts every card of the machine, and TRL refuses more than one; the trainers take the first."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    arguments = SimpleNamespace(_n_gpu=4, n_gpu=4)
+    assert on_one_card(arguments)._n_gpu == 1
+    from transformers import TrainingArguments
+
+    real = on_one_card(TrainingArguments(output_dir="unused", use_cpu=True, report_to="none"))
+    real._n_gpu = 4
+    assert on_one_card(real).n_gpu == 1
+    with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES=1"):
+        use_own_card("cuda:1")
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "zero2"])

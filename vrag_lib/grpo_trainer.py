@@ -46,7 +46,7 @@ from vrag_lib.retrieval import Retriever
 from vrag_lib.rollout import rollout
 from vrag_lib.sharding import whole_weights
 from vrag_lib.torch_setup import ensure_torchvision
-from vrag_lib.training import RunFolder, freeze_vision, lora_config, process_count
+from vrag_lib.training import RunFolder, freeze_vision, lora_config, on_one_card, process_count
 from vrag_lib.training_batch import Example, UntrainableError, batched, empty_example, example_of, token_logprobs
 from vrag_lib.trajectory import Trajectory, write_trajectories
 
@@ -132,7 +132,7 @@ class AgentGRPOTrainer(RunFolder, trl.GRPOTrainer):
         super().__init__(
             model=policy.model,
             reward_funcs=_unused_reward,
-            args=_arguments(config, self.folder, seed, on_gpu=policy.model.device.type == "cuda"),
+            args=on_one_card(_arguments(config, self.folder, seed, on_gpu=policy.model.device.type == "cuda")),
             train_dataset=Dataset.from_list(rows),
             processing_class=policy.processor,
             peft_config=lora_config(config.lora_rank, config.lora_alpha, config.lora_targets),

@@ -22,6 +22,9 @@ GIB = 2**30
 RETRIEVER_PARAMETERS = 2_210_000_000
 """Of ColQwen2, a Qwen2-VL-2B; in bfloat16, on every card that samples."""
 
+ENGINE = int(0.7 * GIB)
+"""What vLLM takes beside weights and keys and values: positions, buffers for MAX_BATCHED_TOKENS, graphs. Reckoned."""
+
 _VISION = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "window_size": 112,
            "fullatt_block_indexes": [7, 15, 23, 31], "patch_size": 14, "spatial_merge_size": 2}  # fmt: skip
 
@@ -99,16 +102,29 @@ def expected_memory(config: Config, stage: str = "grpo", shards: int = 1, card: 
             rollout["contexts read before"] = CONTEXT_BYTES
         elif card is not None:
             rollout["vLLM"] = int(config.rollout.gpu_memory_utilization * card * GIB)
+            _check_engine(rollout["vLLM"], 2 * everything, 2 * adapted, tokens * _cache_bytes(shape, 2))
         logprobs["logits"] = 2 * logits
-    update = _update(shape, tokens * settings.micro_batch_size, size, settings.gradient_checkpointing, logits)
+    update = _update(shape, tokens * settings.micro_batch_size, size, settings.gradient_checkpointing, logits, lora)
     return Memory(held, rollout, logprobs, update)
 
 
-def _update(shape: dict, tokens: int, size: int, checkpointing: bool, logits: int) -> dict[str, int]:
+def _check_engine(share: int, weights: int, adapter: int, one_context: int) -> None:
+    """Raises ConfigError where vLLM's share of the card does not hold its weights in bfloat16, an adapter, keys and
+    values of the longest context, and ENGINE: it would not start."""
+    if share < (least := weights + adapter + one_context + ENGINE):
+        raise ConfigError(
+            f"rollout.gpu_memory_utilization gives vLLM {share / GIB:.1f} GiB of this card, and it takes at least "
+            f"{least / GIB:.1f} to start: raise it, or sample with rollout.engine=transformers"
+        )
+
+
+def _update(shape: dict, tokens: int, size: int, checkpointing: bool, logits: int, lora: bool) -> dict[str, int]:
     width, inner, layers = shape["hidden_size"], shape["intermediate_size"], shape["num_hidden_layers"]
     # Kept of one layer for its backward pass, per token: norms, queries, attention, projections (about 8 times the
     # width), and gate, up and their product.
     layer = tokens * (8 * width + 3 * inner) * size
+    if lora:  # and what goes into each of the seven matrices once more in float32, the adapter's own
+        layer += tokens * (6 * width + inner) * 4
     kept = tokens * width * size * layers + layer if checkpointing else layer * layers
     # Half of a context's tokens are replies at most, the rest images and the question. Logits are there twice, as they
     # come and of the trained tokens, and so are their gradients.

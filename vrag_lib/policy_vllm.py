@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 MAX_IMAGES = 32
 """Images per conversation that the engine is started for; a conversation with more gets an error."""
 
+MAX_BATCHED_TOKENS = 2048
+"""Tokens that go through the model at once on a GPU; vLLM's own choice takes memory for four times as many."""
+
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks that vLLM's kernels are made for; an adapter runs in the next larger one."""
 
@@ -94,6 +97,7 @@ def start_engine(
     for model in (Qwen2VLForConditionalGeneration, Qwen2_5_VLForConditionalGeneration):
         ModelRegistry.register_model(model.__name__, model)
     vllm.triton_utils.dispatcher.sys = _OwnModules()
+    _forget_callers()
     options: dict[str, Any] = {}
     if process_count() > 1:  # each has a whole engine, within the group that the trainer has opened
         options["distributed_executor_backend"] = "external_launcher"
@@ -107,6 +111,7 @@ def start_engine(
         options |= {
             "gpu_memory_utilization": settings.gpu_memory_utilization,
             "enforce_eager": settings.enforce_eager,
+            "max_num_batched_tokens": MAX_BATCHED_TOKENS,
             "enable_sleep_mode": settings.sleep,
         }
     else:
@@ -136,6 +141,15 @@ def start_engine(
         )
     finally:
         torch.set_num_threads = set_num_threads
+
+
+def _forget_callers() -> None:
+    """Let go of what a failed import of vLLM's holds: with its traceback every caller of this one and what they made,
+    the first engine among it, which would never be freed."""
+    from vllm.multimodal.media import audio
+
+    if (kept := getattr(audio, "_torchcodec_import_exc", None)) is not None:
+        kept.with_traceback(None)
 
 
 class _OwnModules:

@@ -52,8 +52,12 @@ def _paper() -> Config:
 def _gpu_3b() -> Config:
     """Cut to 24 GB (`memory.expected_memory`)."""
     whole = _gpu("gpu_3b", "Qwen/Qwen2.5-VL-3B-Instruct")
-    rollout = dataclasses.replace(whole.rollout, gpu_memory_utilization=0.35)
-    return dataclasses.replace(whole, rollout=rollout, sft=dataclasses.replace(whole.sft, max_tokens=12288))
+    return dataclasses.replace(
+        whole,
+        rollout=dataclasses.replace(whole.rollout, gpu_memory_utilization=0.36),
+        sft=dataclasses.replace(whole.sft, max_tokens=12288),
+        grpo=dataclasses.replace(whole.grpo, max_context_tokens=8192),
+    )
 
 
 def _legible(laptop: Config) -> Config:

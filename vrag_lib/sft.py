@@ -24,7 +24,7 @@ from vrag_lib.config import SFTConfig
 from vrag_lib.corpus import Corpus
 from vrag_lib.policy_transformers import TransformersPolicy
 from vrag_lib.torch_setup import ensure_torchvision, keep_freed_memory
-from vrag_lib.training import RunFolder, freeze_vision, last_checkpoint, lora_config, process_count
+from vrag_lib.training import RunFolder, freeze_vision, last_checkpoint, lora_config, on_one_card, process_count
 from vrag_lib.training_batch import Example, UntrainableError, batched, example_of
 from vrag_lib.trajectory import Trajectory
 
@@ -241,7 +241,7 @@ def _trainer(
     everything = [*examples, *held_out]
     trainer = Trainer(
         model=policy.model,
-        args=arguments,
+        args=on_one_card(arguments),
         train_dataset=Dataset.from_dict({"example": range(len(examples))}),
         eval_dataset=Dataset.from_dict({"example": range(len(examples), len(everything))}) if held_out else None,
         data_collator=lambda rows: collate(policy, [everything[row["example"]] for row in rows]),

@@ -299,7 +299,7 @@ def fine_tune(
     from vrag_lib.sft import train_sft
     from vrag_lib.training import check_checkpoint, use_own_card
 
-    use_own_card()
+    use_own_card(config.policy.device)
     model = checkpoint or config.policy.model or scale_policy(config)
     if not model:
         raise ConfigError("fine-tuning needs policy.model=, a path or hub id of a Qwen2-VL-type model")
@@ -374,7 +374,7 @@ def reinforce(
     from vrag_lib.rewards import Scorer, find_recipe
     from vrag_lib.training import check_checkpoint, use_own_card, whole_checkpoint
 
-    use_own_card()
+    use_own_card(config.policy.device)
     try:
         recipe = find_recipe(config.grpo.recipe)
     except ValueError as error:

@@ -37,12 +37,28 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def use_own_card() -> None:
-    """Under a launcher, let `cuda` mean this process's own card: else all would load their models on the first."""
+def use_own_card(device: str = "auto") -> None:
+    """Under a launcher, let `cuda` mean this process's own card: else all would load their models on the first.
+
+    Raises ConfigError for a `device` that names another card than the first: the trainers take that one.
+    """
     import torch
 
+    if device.startswith("cuda:") and device != "cuda:0":
+        raise ConfigError(
+            f"training runs on the first card that it sees, not on policy.device={device}: show it that one alone "
+            f"(CUDA_VISIBLE_DEVICES={device.removeprefix('cuda:')}) and leave policy.device=cuda"
+        )
     if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+
+
+def on_one_card(arguments: Any) -> Any:
+    """The trainer's arguments without the other cards of this machine: Transformers would spread a training that has no
+    launcher over all that it sees, which TRL refuses."""
+    if process_count() == 1 and arguments.n_gpu > 1:
+        arguments._n_gpu = 1
+    return arguments
 
 
 def lora_config(rank: int, alpha: int, targets: str = LORA_TARGETS) -> Any:
