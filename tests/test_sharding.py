@@ -15,6 +15,7 @@ from vrag_lib.trajectory import read_trajectories
 torch = pytest.importorskip("torch")
 
 from vrag_lib.sharding import whole_weights  # noqa: E402
+from vrag_lib.torch_setup import ensure_torchvision  # noqa: E402
 from vrag_lib.training import on_one_card, use_own_card  # noqa: E402
 
 BY_ROUNDING = {"sampler_gap", "sampler_gap_max", "epoch"}
@@ -66,6 +67,7 @@ def test_without_a_launcher_one_card_is_trained_on(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     arguments = SimpleNamespace(_n_gpu=4, n_gpu=4)
     assert on_one_card(arguments)._n_gpu == 1
+    ensure_torchvision()
     from transformers import TrainingArguments
 
     real = on_one_card(TrainingArguments(output_dir="unused", use_cpu=True, report_to="none"))
