@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 from pdf_files import words_pdf
 
-from vrag_lib.ask import ask
+from vrag_lib.ask import ask, describe_turns
 from vrag_lib.cli import main
 from vrag_lib.document_files import CorpusError
 from vrag_lib.presets import load_config
+from vrag_lib.trajectory import StopReason, Trajectory, Turn
 
 
 @pytest.fixture
@@ -42,6 +43,14 @@ def test_settings_are_refused_before_anything_is_rendered(documents, tmp_path, o
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
     assert not (tmp_path / "cache").exists() and not (tmp_path / "out").exists()
+
+
+def test_what_a_model_said_without_an_action_is_shown():
+    said = "The answer is 3.2 million, " + "as far as I can see " * 40
+    turns = [Turn("user", "?"), Turn("assistant", said, invalid="no_action")]
+    shown = describe_turns(Trajectory("t", "q", "?", turns, StopReason.INVALID_STREAK))
+    assert "agent > The answer is 3.2 million, as far" in shown and "… [invalid: no_action]" in shown.replace("\n", " ")
+    assert len(shown) < 700
 
 
 def test_a_results_folder_that_cannot_be_made_is_refused_before_anything_is_rendered(documents, tmp_path, capsys):

@@ -85,6 +85,11 @@ def test_config_says_whose_settings_it_shows(capsys):
         (["index", "missing-folder", "--retriever", "visual", "--model", "./gone"], "./gone is not a folder"),
         (["serve", "missing-folder", "--retriever", "remote"], "retrieval.kind=remote needs retrieval.url="),
         (["eval-retrieval", "missing-folder"], "missing-folder does not exist; give the folder of a benchmark"),
+        (["eval-retrieval", ".", "corpus.dpi=72"], "corpus.dpi changes nothing here: the table compares methods"),
+        (
+            ["evaluate", "--path", "own"],
+            "--path own of which --dataset? Documents and questions of one's own are unified",
+        ),
         (["evaluate", "--judge-url", "http://host/v1"], "--judge-url has no use without --judge-model"),
         (["evaluate", "--judge-protocol", "paper"], "--judge-protocol has no use without --judge-model"),
         (["synthesize", "--judge-protocol", "vidorag"], "--judge-protocol has no use without --judge-model"),

@@ -29,6 +29,15 @@ def test_overrides_reach_nested_fields_with_their_types():
     assert load_config("laptop", ["policy.temperature=0"]).policy.temperature == 0.0
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_settings_that_constrain_each_other_are_given_together(order):
+    """Each by itself would contradict the preset's value of the other."""
+    sizes = ["minidocs.long_side=3000", "minidocs.short_side=2000", "minidocs.min_pages=10", "minidocs.max_pages=10"]
+    minidocs = load_config("laptop", sizes[::order]).minidocs
+    assert (minidocs.long_side, minidocs.short_side, minidocs.min_pages, minidocs.max_pages) == (3000, 2000, 10, 10)
+    assert load_config("laptop", ["seed=3", "seed=4"]).seed == 4
+
+
 def test_devices_of_torch_and_names_of_variables_that_are_set_are_allowed(monkeypatch):
     assert load_config("laptop", ["policy.device=cuda:1", "policy.dtype=float16"]).policy.device == "cuda:1"
     drawn = "Judge_Key_For_Qwen72B_a"

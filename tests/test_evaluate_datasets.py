@@ -62,7 +62,7 @@ def test_datasets_that_call_different_documents_alike_are_told_apart(config, tmp
     assert main(twice) == 2
 
 
-def test_own_questions_need_no_uid_and_no_page(config, tmp_path):
+def test_own_questions_need_no_uid_and_no_page(config, tmp_path, caplog):
     """What the README shows: a folder with documents and a list of questions and answers."""
     words_pdf(tmp_path / "own" / "documents" / "report.pdf", "Cover", "Revenue in 2021 was 3.2 million")
     known = {"meta_info": {"file_name": "report.pdf", "reference_page": [2]}}
@@ -75,6 +75,11 @@ def test_own_questions_need_no_uid_and_no_page(config, tmp_path):
     policy = ScriptedPolicy(["<search>revenue</search>", "<answer>3.2 million</answer>"])
     frame = evaluate_datasets({"unified": tmp_path / "own"}, config, tmp_path / "out", policy=policy)
     assert list(frame["uid"]) == ["q1", "q2"] and list(frame["judge"]) == [1, 0]
+    assert "left out: 1 of 3 questions are marked as not answerable (--unanswerable asks them)" in caplog.text
+    every = evaluate_datasets(
+        {"unified": tmp_path / "own"}, config, tmp_path / "all", policy=policy, answerable_only=False
+    )
+    assert list(every["uid"]) == ["q1", "q2", "q3"] and list(every["judge"]) == [1, 0, 0]
     assert frame["ndcg"].iloc[0] == 1 and frame["ndcg"].isna().iloc[1]
     (tmp_path / "own" / "questions.json").write_text(json.dumps(items[1:2]))
     frame = evaluate_datasets({"unified": tmp_path / "own"}, config, tmp_path / "plain", policy=policy)

@@ -476,7 +476,7 @@ def own(tmp_path, monkeypatch):
     asked = [("north.pdf", [2], "birch"), ("South.pdf", [1], "Not answerable"), ("north", [1], "a list")]
     asked += [("red_too.png", [1], "red"), ("blue.png", [1], "blue"), ("south.v2.pdf", [2], "birch")]
     asked += [("red.png", [1], "reddish"), ("south.v2.pdf", [7], "no such page")]
-    examples = [
+    examples: list[dict] = [
         {
             "uid": f"q{number}",
             "query": f"What is in {name}?",
@@ -485,6 +485,7 @@ def own(tmp_path, monkeypatch):
         }
         for number, (name, pages, answer) in enumerate(asked, 1)
     ]
+    examples.append({"uid": "q9", "query": "What is nowhere?", "reference_answer": "birch"})
     (folder / "questions.json").write_text(json.dumps({"examples": examples}))
     settings = ["retrieval.kind=bm25", "corpus.ocr=none", "corpus.workers=1", "synthesis.rl_questions=2"]
     settings += [f"results={tmp_path / 'results'}", "synthesis.dataset=unified", f"synthesis.dataset_path={folder}"]
@@ -494,8 +495,15 @@ def own(tmp_path, monkeypatch):
 def test_training_on_own_documents(own, tmp_path, monkeypatch, caplog):
     train = collection(own, "train")
     assert [d.id for d in train.corpus.documents] == ["blue", "north", "red", "south.v2"]
-    assert [q.uid for q in train.questions] == ["q1", "q3", "q4", "q5", "q6", "q7"]  # q2 has no answer, q8 no page
-    assert "left out: 1 of 7 questions lack gold pages" in caplog.text and "test set" not in caplog.text
+    assert [q.uid for q in train.questions] == [
+        "q1",
+        "q3",
+        "q4",
+        "q5",
+        "q6",
+        "q7",
+    ]  # q2 has no answer, q8 and q9 no page
+    assert "left out: 2 of 8 questions lack gold pages" in caplog.text and "test set" not in caplog.text
     assert train.retriever.search(["tree of the north"], 1)[0][0].page_id == "north_2"
 
     def documents(questions):
