@@ -12,7 +12,7 @@ from chat_server import SECRET, running_server, say
 from pdf_files import words_pdf
 
 from vrag_lib.cli import main
-from vrag_lib.config import override, read_config
+from vrag_lib.config import ConfigError, override, read_config
 from vrag_lib.corpus_formats import write_unified
 from vrag_lib.document_files import CorpusError
 from vrag_lib.evaluate_datasets import evaluate_datasets, open_datasets
@@ -84,6 +84,24 @@ def test_own_questions_need_no_uid_and_no_page(config, tmp_path, caplog):
     (tmp_path / "own" / "questions.json").write_text(json.dumps(items[1:2]))
     frame = evaluate_datasets({"unified": tmp_path / "own"}, config, tmp_path / "plain", policy=policy)
     assert list(frame["uid"]) == ["q1"] and frame["ndcg"].isna().all()
+
+
+def test_known_regions_are_not_laid_on_pages_of_another_size(config, tmp_path):
+    """In PDFs their boxes are pixels at one resolution; page images have their own."""
+    docs = MiniDocs(config.minidocs)
+    for form, fits in (("pdf", False), ("images", True)):
+        folder = docs.write(tmp_path / form, form=form, splits=["test"]) / "test"
+        corpus, questions = open_datasets({"unified": folder}, config)
+        sizes = {page.id: page.size for page in corpus.pages}
+        assert all(
+            box.x2 <= sizes[i].width and box.y2 <= sizes[i].height for q in questions for i, box in q.gold_regions
+        )
+        coarse = override(config, ["corpus.dpi=100"])
+        if fits:
+            assert {p.id: p.size for p in open_datasets({"unified": folder}, coarse)[0].pages} == sizes
+        else:
+            with pytest.raises(ConfigError, match=r"pixels at 150 dpi, so they lie elsewhere at corpus\.dpi=100"):
+                open_datasets({"unified": folder}, coarse)
 
 
 def test_datasets_are_merged_into_one_corpus_with_their_own_metrics(config, tmp_path):

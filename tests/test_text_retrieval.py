@@ -205,3 +205,19 @@ def test_default_retriever_over_a_corpus(tmp_path):
     assert [ranking[0].page_id for ranking in rankings[:2]] == ["fridge_2", "survey_2"]
     assert [len(ranking) for ranking in rankings] == [4, 4, 4]
     assert rankings == retriever.search(queries, 4)
+
+
+def test_words_without_spaces_are_found():
+    """Chinese, Japanese, and accents written as signs of their own."""
+    texts = [
+        "公司员工人数为一百四十七人",
+        "昨天的天气很好",
+        "売上高は三百万円です",
+        "Sto\u0308rche gezählt",
+        "Herons counted",
+    ]
+    retriever = BM25Retriever([f"d_{i}" for i in range(1, 6)], texts)
+    found = retriever.search(["员工人数是多少", "天气怎么样", "売上高", "Störche", "weather"], 1)
+    assert [hits[0].page_id for hits in found[:4]] == ["d_1", "d_2", "d_3", "d_4"]
+    assert all(hits[0].score > 0 for hits in found[:4]) and found[4][0].score == 0
+    assert len(split_passages("员工人数为一百四十七人。" * 20, words=100, overlap=0)) == 3

@@ -17,7 +17,7 @@ import numpy as np
 from vrag_lib.agents import Agent, agent_environment, find_agent, questions_for
 from vrag_lib.answer_metrics import OFFICIAL_METRICS, is_answerable
 from vrag_lib.claims import model_fingerprint
-from vrag_lib.config import Config, save_config
+from vrag_lib.config import Config, ConfigError, save_config
 from vrag_lib.corpus import Corpus, Question
 from vrag_lib.corpus_formats import answerable, load_dataset, with_prefix
 from vrag_lib.dataset_hub import DONE, HUB_DATASETS, fetch_dataset
@@ -26,6 +26,7 @@ from vrag_lib.evaluate import DEFAULT_METRICS, run
 from vrag_lib.factory import make_policy, make_retriever, retriever_fingerprint, scale_policy
 from vrag_lib.judge import Judge, rule_judge
 from vrag_lib.policy import Policy
+from vrag_lib.rendering import RenderSettings
 from vrag_lib.retrieval import Retriever
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def open_datasets(
     partial: leave out the questions on documents that the folder lacks, instead of refusing it.
 
     Raises ValueError for an unknown name or a missing folder, CorpusError for documents that are missing and as
-    `dataset_hub.fetch_dataset` and `corpus_formats.load_dataset`.
+    `dataset_hub.fetch_dataset` and `corpus_formats.load_dataset`, ConfigError where known regions would not fit.
     """
     corpora: list[Corpus] = []
     questions: list[Question] = []
@@ -75,11 +76,25 @@ def open_datasets(
     if not questions:
         raise ValueError(f"there is no question to ask in {', '.join(datasets) or 'no dataset'}")
     corpus = Corpus.merge(corpora)
+    _check_regions(corpus, questions, config.corpus.dpi)
     if config.corpus.ocr != "none":
         from vrag_lib.ocr import ocr_pages
 
         corpus = ocr_pages(corpus, workers=config.corpus.workers, pages=config.corpus.ocr)
     return corpus, tuple(questions)
+
+
+def _check_regions(corpus: Corpus, questions: Iterable[Question], dpi: int) -> None:
+    """Raises ConfigError where PDFs with known regions are rendered at another resolution than these are given for."""
+    if dpi == RenderSettings().dpi:
+        return
+    drawn = {document.id for document in corpus.documents if document.path.suffix.lower() == ".pdf"}
+    for question in questions:
+        if question.gold_regions and document_stem(question.file_name) in drawn:
+            raise ConfigError(
+                f"the regions of question {question.uid!r} are pixels at {RenderSettings().dpi} dpi, so they lie "
+                f"elsewhere at corpus.dpi={dpi}: leave that setting as it is"
+            )
 
 
 def _called_alike(corpus: Corpus, others: Sequence[Corpus]) -> list[str]:

@@ -111,6 +111,8 @@ class MiniDocsConfig:
             )
         if not 8 <= self.value_px <= self.label_px <= self.title_px <= self.short_side / 16:
             raise ValueError("font sizes must rise from value_px (at least 8) to title_px (at most short_side / 16)")
+        if not 0 <= self.margin <= self.short_side / 10:
+            raise ValueError(f"margin={self.margin} lies between 0 and short_side / 10, or pages have no room for more")
         if not self.label_px <= self.sentence_px <= self.short_side / 12:
             raise ValueError("text_px must lie between label_px and short_side / 12")
         if not self.short_side <= self.long_side <= 2 * self.short_side or self.label_px > self.short_side / 20:

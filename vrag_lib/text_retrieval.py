@@ -7,13 +7,19 @@ which the page that answers it hardly ever does.
 Pages are longer than a small encoder's window and its attention span, so the dense index holds passages of 100 words
 (the size of DPR, arXiv 2004.04906 §4.1) that overlap by 25, each behind its document's lead, and a page scores as its
 best passage (MaxP, Dai & Callan, SIGIR 2019).
+
+Chinese and Japanese are written without spaces: BM25 takes each two neighbouring characters for a word, passages count
+each character as one. The models inside are of English, so other languages are found by their words alone.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import re
+import unicodedata
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +40,8 @@ LEAD_WORDS = 20
 PASSAGE_WORDS = 100
 PASSAGE_OVERLAP = 25
 RERANK_DEPTH = 10
+_CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+_CJK_RUN, _CJK_CHARACTER = re.compile(f"[{_CJK}]+"), re.compile(f"([{_CJK}])")
 _BLOCK_PASSAGES = 64
 """Passages of one document that are encoded, and cached, together: what a killed run can lose."""
 
@@ -62,9 +70,14 @@ def split_passages(text: str, words: int = PASSAGE_WORDS, overlap: int = PASSAGE
     """
     if not 0 <= overlap < words:
         raise ValueError(f"overlap must be at least 0 and below words, not {overlap} and {words}")
-    split = text.split()
+    split = _CJK_CHARACTER.sub(r" \1 ", text).split()
     starts = range(0, max(1, len(split) - overlap), words - overlap) if split else []
     return [" ".join(split[start : start + words]) for start in starts]
+
+
+def _in_pairs(text: str) -> str:
+    """Runs of Chinese and Japanese characters as their pairs, which overlap."""
+    return _CJK_RUN.sub(lambda run: f" {' '.join(a + b for a, b in pairwise(run[0]))} ", text)
 
 
 class BM25Retriever:
@@ -115,7 +128,7 @@ class BM25Retriever:
         import Stemmer
 
         stemmer = Stemmer.Stemmer("english") if self._stem else None
-        texts = [well_formed(text) for text in texts]
+        texts = [_in_pairs(unicodedata.normalize("NFC", well_formed(text))) for text in texts]
         return bm25s.tokenize(texts, stopwords="en", stemmer=stemmer, return_ids=False, show_progress=False)
 
 
