@@ -63,3 +63,21 @@ def test_who_comes_second_is_refused_or_waits(tmp_path, caplog):
         order.append("first")
     waiting.join(10)
     assert order == ["first", "second"]
+
+
+def test_an_adapter_is_known_by_its_settings_and_by_what_it_was_trained_on(tmp_path):
+    """The same tensors at another scale, or over another model, are another model."""
+    for name in ("base", "adapter"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}_model.safetensors").write_bytes(b"weights")
+    settings = {"r": 4, "lora_alpha": 8, "base_model_name_or_path": str(tmp_path / "base")}
+
+    def fingerprint(**others):
+        (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(settings | others))
+        return model_fingerprint(str(tmp_path / "adapter"))
+
+    first = fingerprint()
+    assert fingerprint() == first != fingerprint(lora_alpha=16)
+    assert fingerprint(base_model_name_or_path="owner/model") not in (first, fingerprint(lora_alpha=16))
+    (tmp_path / "base" / "base_model.safetensors").write_bytes(b"trained anew")
+    assert fingerprint() != first

@@ -148,7 +148,10 @@ def test_settings_may_stand_before_an_argument():
     arguments = parse(build_parser(), ["ask", "seed=3", "documents", "policy.top_p=0.9", "x=2?", "--traceback"])
     assert (arguments.path, arguments.question, arguments.traceback) == ("documents", "x=2?", True)
     assert arguments.overrides == ["seed=3", "policy.top_p=0.9"]
+    assert parse(build_parser(), ["ask", "--policy=openai", "seed=1", "documents", "q"]).overrides == ["seed=1"]
     assert parse(build_parser(), ["ask", "documents", "seed=", "--out", "seed=1"]).question == "seed="
+    with pytest.raises(SystemExit):
+        parse(build_parser(), ["evaluate", "seed=1", "--out"])
 
 
 def test_a_job_that_a_scheduler_ends_keeps_what_is_finished(monkeypatch, capsys):

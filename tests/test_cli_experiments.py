@@ -4,6 +4,7 @@ gets no other server's key."""
 from __future__ import annotations
 
 import json
+import shutil
 
 import pandas as pd
 import pytest
@@ -17,7 +18,7 @@ from vrag_lib.config import ConfigError
 from vrag_lib.factory import scale_policy
 from vrag_lib.presets import load_config
 from vrag_lib.torch_setup import ensure_torchvision
-from vrag_lib.training import lora_config
+from vrag_lib.training import base_of, lora_config
 
 torch = pytest.importorskip("torch")
 
@@ -54,6 +55,22 @@ def test_an_adapter_is_merged_with_the_checkpoint_that_it_names(adapter, tmp_pat
     assert (tmp_path / "model" / "processor_config.json").is_file()
     assert main(["merge", str(adapter), str(tmp_path / "model")]) == 2
     assert "is there already; name a new folder" in capsys.readouterr().err
+
+
+def test_an_adapter_finds_its_checkpoint_where_both_were_moved(adapter, tmp_path):
+    """Named by a path that is none any more; a hub id is no folder either, and left to who loads it."""
+    moved = shutil.copytree(adapter, tmp_path / "run" / "final")
+    described = json.loads((moved / "adapter_config.json").read_text())
+    for base in ("models/base/start", "/gone/start", "./start"):
+        (moved / "adapter_config.json").write_text(json.dumps(described | {"base_model_name_or_path": base}))
+        with pytest.raises(ConfigError, match="is not there"):
+            base_of(moved)
+        (tmp_path / "run" / "start").mkdir()
+        (tmp_path / "run" / "start" / "config.json").touch()
+        assert base_of(moved) == str(tmp_path / "run" / "start")
+        shutil.rmtree(tmp_path / "run" / "start")
+    (moved / "adapter_config.json").write_text(json.dumps(described | {"base_model_name_or_path": "owner/model"}))
+    assert base_of(moved) == "owner/model"
 
 
 def test_what_cannot_be_merged_is_named(adapter, tmp_path, capsys):

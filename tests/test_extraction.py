@@ -86,6 +86,15 @@ def test_a_number_is_read_as_people_write_it_and_never_in_part(number):
     assert find(rows, "How much was the turnover of the plant?").text == number
 
 
+@pytest.mark.parametrize(
+    "row, number",
+    [("Kiel turnover 120 350,000", "120"), ("Turnover in district 3 100,000 euros", "3"),
+     ("Turnover was rated '25' by the jury", "25"), ("Turnover lies in (3.5,4.5)", "3.5")],
+)  # fmt: skip
+def test_numbers_side_by_side_stay_apart(row, number):
+    assert find([(row, 100, 100, 20)], "How much was the turnover?").text == number
+
+
 def test_the_region_is_the_value_with_its_label():
     found = find(TABLE, "What is the figure of wastage for Honey?")
     assert [TABLE[i][0] for i in found.lines] == ["Honey", "16.5"]

@@ -409,6 +409,11 @@ def test_reinforcement_learning_starts_from_what_a_cold_start_with_lora_makes(ma
     (tmp_path / "other" / "adapter_model.safetensors").write_bytes(b"others")
     with pytest.raises(ClaimError, match="model="):
         reinforce(config_of(tmp_path), tmp_path / "other", train)
+    tuned = []
+    monkeypatch.setattr("vrag_lib.sft.train_sft", lambda *given, **named: tuned.append(given[0]) or given[4])
+    data = read_trajectories(made[2] / "trajectories.parquet")
+    fine_tune(config_of(tmp_path), train, checkpoint=tmp_path / "adapter", data=data, folder=tmp_path / "again")
+    assert tuned == [tmp_path / "again" / "start"] and (tuned[0] / "config.json").is_file()
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="merge it first"):
         reinforce(config_of(tmp_path), tmp_path / "adapter", train, seed=5)

@@ -50,6 +50,8 @@ def test_a_share_of_nothing_or_all_has_exact_limits():
     assert crossed_mean(counts, counts, most=1).low == pytest.approx(0.025 ** (1 / 2))
     apart = crossed_mean(np.array([[0.0] * 9, [0.5] * 9]), most=1)
     assert apart.low == 0 and 0.5 < apart.high <= 1
+    hits, asked = np.array([[0.1] * 100, [0.0] * 100]), np.array([[1.0] * 100, [0.0] * 100])
+    assert crossed_mean(hits, asked) == pytest.approx((0.1, 0.1, 0.1))  # a seed without values adds nothing
     assert bootstrap_mean([0.0] * 5) == (0, 0, 0)  # counts, say, of what cannot happen
 
 

@@ -220,4 +220,7 @@ def test_words_without_spaces_are_found():
     found = retriever.search(["员工人数是多少", "天气怎么样", "売上高", "Störche", "weather"], 1)
     assert [hits[0].page_id for hits in found[:4]] == ["d_1", "d_2", "d_3", "d_4"]
     assert all(hits[0].score > 0 for hits in found[:4]) and found[4][0].score == 0
+    months = BM25Retriever(["d_1", "d_2", "d_3"], ["1月 2月", "3月 売上 2021年度", "第3回 会議・その他"])
+    assert [hits[0].page_id for hits in months.search(["3月", "第3回", "2021年"], 1)] == ["d_2", "d_3", "d_2"]
+    assert document_leads(["d"], ["公司年度报告二零二一年"], words=4) == ["公 司 年 度"]
     assert len(split_passages("员工人数为一百四十七人。" * 20, words=100, overlap=0)) == 3

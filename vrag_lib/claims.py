@@ -129,7 +129,17 @@ def text_fingerprint(value: Any) -> str:
 
 
 def model_fingerprint(model: str) -> str:
-    """A model by its weights, so that one trained anew in the same folder is another; a hub id by its name."""
+    """A model by its weights, so that one trained anew in the same folder is another; a hub id by its name. A LoRA
+    adapter also by its settings and by what it was trained on."""
+    described = read_json(Path(model) / "adapter_config.json")
+    if described is not None:
+        base = str(described.pop("base_model_name_or_path", ""))
+        gone = Path(base).is_absolute() and not Path(base).is_dir()
+        return text_fingerprint([_tensors_fingerprint(model), described, "" if gone else _tensors_fingerprint(base)])
+    return _tensors_fingerprint(model)
+
+
+def _tensors_fingerprint(model: str) -> str:
     states = [(file, file.stat()) for file in sorted(Path(model).glob("*.safetensors"))]
     return _weights_fingerprint(tuple((file, s.st_size, s.st_mtime_ns) for file, s in states)) if states else model
 

@@ -63,8 +63,9 @@ def add_several(parser: argparse.ArgumentParser, name: str, kind: Callable = str
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments of a command; `overrides` are its settings, in their order. They may stand anywhere, which argparse
-    cannot declare: they are what it does not know. Exits with status 2 for what is neither."""
+    """The arguments of a command; `overrides` are its settings, in their order. They may stand anywhere but directly
+    behind a flag in front of an argument; argparse cannot declare them: they are what it does not know. Exits with
+    status 2 for what is neither."""
     arguments, rest = parser.parse_known_args(_settings_last(argv))
     unknown = [text for text in rest if text.startswith("-") or "=" not in text]
     if unknown:
@@ -81,9 +82,14 @@ def _settings_last(argv: Sequence[str]) -> list[str]:
     settings = [
         i
         for i, (before, text) in enumerate(zip(["", *argv], argv, strict=False))
-        if "=" in text and text.partition("=")[0] in known and not before.startswith("-")
+        if "=" in text and text.partition("=")[0] in known and ("=" in before or not before.startswith("-"))
     ]
-    return [text for i, text in enumerate(argv) if i not in settings] + [argv[i] for i in settings]
+    rest = [text for i, text in enumerate(argv) if i not in settings]
+    if rest and rest[-1].startswith("-"):  # should it lack its value, it must not get a setting for one
+        rest, last = rest[:-1], rest[-1:]
+    else:
+        last = []
+    return [*rest, *(argv[i] for i in settings), *last]
 
 
 def read_config(

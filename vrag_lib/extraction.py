@@ -38,11 +38,12 @@ _DATE = re.compile(
 )
 _UNITS = r"(?:\s?(?:%|percent\b|thousand\b|million\b|billion\b|bn\b|k\b|m\b))?"
 _DIGITS = (
-    r"(?:\d{1,3}(?:['’\u00a0\u202f]\d{3})+(?:[.,]\d+)?|\d{1,3}(?: \d{3})+,\d+|\d{1,3}(?:\.\d{3}){2,}(?:,\d+)?|"
-    r"\d{1,3}\.\d{3},\d+|\d+(?:,\d+)*(?:\.\d+)?)(?![.,'’]?\d)"
+    r"(?:(?:\d{1,3}(?:['’\u00a0\u202f]\d{3}){1,4}(?:[.,]\d+)?|\d{1,3}(?: \d{3}){1,4},\d{1,2}|"
+    r"\d{1,3}(?:\.\d{3}){2,4}(?:,\d+)?|\d{1,3}\.\d{3},\d{1,2}|\d+(?:,\d+)*)(?![.,]?\d)|"
+    r"\d+(?:,\d+)*\.\d+(?!\.?\d))(?!['’]\d{3})"
 )
 """A whole number as people write it, 1,250.5 or 1'250.5 or 1.250,5, and never a part of one."""
-_NUMBER = re.compile(rf"(?:(?<![\w.,)])[-+−–])?[$€£¥]?\s?(?<![\w.,'’]){_DIGITS}{_UNITS}", re.I)
+_NUMBER = re.compile(rf"(?:(?<![\w.,)])[-+−–])?[$€£¥]?\s?(?<![\w.,])(?<!\d['’]){_DIGITS}{_UNITS}", re.I)
 _PERCENT = re.compile(r"%|percent", re.I)
 _YEAR = re.compile(r"(?:1[5-9]|20)\d\d")
 _CAPITALISED = rf"(?!{_MONTH})[A-Z][\w.'’-]*"

@@ -12,6 +12,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from decimal import Decimal
+from itertools import product
 from typing import NamedTuple
 
 logger = logging.getLogger(__name__)
@@ -86,11 +87,11 @@ def rule_judge(question: str, reference: str, answer: str, tolerance: float = 0.
     expected, given = _quantity(reference), _quantity(answer)
     if expected is not None:
         return (given is not None and _agree(expected, given, tolerance)) or _same_pair(reference, answer)
-    parts = _as_list(reference)
+    readings = ([_as_list(text, commas_part) for commas_part in (False, True)] for text in (reference, answer))
     return any(
         len(parts) == len(found) > 1
         and all(_same_part(part, other, tolerance) for part, other in zip(parts, found, strict=True))
-        for found in (_as_list(answer), _as_list(answer, commas_part=True))
+        for parts, found in product(*readings)
     )
 
 
@@ -188,7 +189,7 @@ def _agree(expected: _Quantity, given: _Quantity, tolerance: float) -> bool:
 
 def _same_pair(reference: str, answer: str) -> bool:
     """Whether a reference like 3,2, which may be a number or two, is answered as two in its order."""
-    two = re.fullmatch(r"(\d+),(\d+)", reference.strip())
+    two = re.fullmatch(r"(\d+),(\d{1,2})", reference.strip())
     pair = two and rf"\[?{two[1]}(?:[,;]\s*|\s+and\s+){two[2]}[\].]?"
     return bool(pair) and re.fullmatch(pair, _plain(answer).strip()) is not None
 
@@ -199,7 +200,7 @@ def _in_english(text: str) -> str:
 
     def decimals(number: re.Match[str]) -> str:
         whole, part = number.groups()
-        if whole.isdigit() and len(part) > 2:
+        if whole.isdigit() and len(part) > 2 and whole != "0":
             return number[0]
         return f"{re.sub('[^0-9]', '', whole)}.{part}"
 

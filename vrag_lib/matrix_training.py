@@ -225,9 +225,9 @@ class Workbench:
             try:
                 final = train(folder)
                 if self.config.rollout.merge_adapter and (final / "adapter_config.json").is_file():
-                    from vrag_lib.training import merge_adapter
+                    from vrag_lib.training import base_of, merge_adapter
 
-                    final = merge_adapter(start, final, folder / "merged")
+                    final = merge_adapter(base_of(final), final, folder / "merged")
             except Exception as error:
                 self._failed[name] = f"{type(error).__name__}: {error}"
                 raise

@@ -105,8 +105,8 @@ def interval(frame: pd.DataFrame, column: str, kind: str = "") -> Interval:
     values, sizes = matrices(part, column)
     if not sizes.to_numpy().sum():
         return Interval(math.nan, math.nan, math.nan)
-    percent = COLUMNS[column][2] == 100
-    return crossed_mean(values.to_numpy(), sizes.to_numpy(), most=100 if percent else None)
+    most = 1 if column == "crop_iou" else 100 if COLUMNS[column][2] == 100 else None
+    return crossed_mean(values.to_numpy(), sizes.to_numpy(), most=most)
 
 
 def answers(frame: pd.DataFrame) -> dict[str, Any]:

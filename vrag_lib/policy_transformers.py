@@ -73,6 +73,8 @@ class TransformersPolicy(ChatPolicy):
             dtype = "float32" if device == "cpu" else "bfloat16"
         checkpoint, adapter = checkpoint_and_adapter(path)
         local = Path(checkpoint).is_dir()
+        if local:  # an adapter trained on it names it, and is to find it from any working directory
+            checkpoint = Path(checkpoint).resolve()
         try:
             processor = AutoProcessor.from_pretrained(checkpoint, local_files_only=local)
             model, info = AutoModelForImageTextToText.from_pretrained(

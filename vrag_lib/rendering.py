@@ -51,10 +51,6 @@ _PDF_ERRORS = {
 }
 
 
-_WRITTEN = (pdfium_c.FPDF_ANNOT_WIDGET, pdfium_c.FPDF_ANNOT_FREETEXT)
-"""Annotations whose text is content of the page."""
-
-
 class UnreadableError(ValueError):
     """A document or a page that cannot be read; the message is the reason alone."""
 
@@ -185,7 +181,7 @@ def _open_pdf(path: str) -> pdfium.PdfDocument:
         error = pdfium_c.FPDF_GetLastError()
         raise UnreadableError(_PDF_ERRORS.get(error, f"pdfium cannot open it (error {error})"))
     document = pdfium.PdfDocument(raw)
-    document.init_forms()  # before anything else is asked of it
+    document.init_forms()  # before anything else is asked of it: what was filled into a form is then drawn, too
     if len(document) == 0:  # asked here because pdfium's last error, from whichever file, would be blamed for it
         document.close()
         raise UnreadableError("the document has no pages")
@@ -195,38 +191,36 @@ def _open_pdf(path: str) -> pdfium.PdfDocument:
 def _render_page(
     document: pdfium.PdfDocument | Image.Image, number: int, settings: RenderSettings
 ) -> tuple[Image.Image, list[list]]:
-    if isinstance(document, pdfium.PdfDocument):
-        with closing(_open_page(document, number)) as page:
-            return _render_pdf_page(page, settings)
-    return _render_frame(document, number, settings), []
+    if not isinstance(document, pdfium.PdfDocument):
+        return _render_frame(document, number, settings), []
+    with closing(document[number - 1]) as page:
+        image = _draw(page, settings)
+        if not _is_form(document, page):
+            return image, page_text_lines(page, *image.size)
+        # What was filled in is drawn, but no text before it is made part of the page; that drops other annotations.
+        pdfium_c.FPDFPage_Flatten(page, pdfium_c.FLAT_NORMALDISPLAY)
+    with closing(document[number - 1]) as page:
+        return image, page_text_lines(page, *image.size)
 
 
-def _open_page(document: pdfium.PdfDocument, number: int) -> pdfium.PdfPage:
-    """The page, with what was filled into a form or typed on it as part of it: as annotations, the former would stand
-    neither in the image nor in the text, the latter not in the text."""
-    page = document[number - 1]
-    written = any(kind in _WRITTEN for kind in _annotations(page))
-    if written and pdfium_c.FPDFPage_Flatten(page, pdfium_c.FLAT_NORMALDISPLAY) == pdfium_c.FLATTEN_SUCCESS:
-        page.close()
-        page = document[number - 1]
-    return page
-
-
-def _annotations(page: pdfium.PdfPage) -> Iterator[int]:
-    """The kinds of a page's annotations."""
-    for index in range(pdfium_c.FPDFPage_GetAnnotCount(page)):
-        annotation = pdfium_c.FPDFPage_GetAnnot(page, index)
-        yield pdfium_c.FPDFAnnot_GetSubtype(annotation)
+def _is_form(document: pdfium.PdfDocument, page: pdfium.PdfPage) -> bool:
+    """Whether the page has fields of a form."""
+    if document.formenv is None:
+        return False
+    annotations = (pdfium_c.FPDFPage_GetAnnot(page, i) for i in range(pdfium_c.FPDFPage_GetAnnotCount(page)))
+    kinds = []
+    for annotation in filter(None, annotations):
+        kinds.append(pdfium_c.FPDFAnnot_GetSubtype(annotation))
         pdfium_c.FPDFPage_CloseAnnot(annotation)
+    return pdfium_c.FPDF_ANNOT_WIDGET in kinds
 
 
-def _render_pdf_page(page: pdfium.PdfPage, settings: RenderSettings) -> tuple[Image.Image, list[list]]:
+def _draw(page: pdfium.PdfPage, settings: RenderSettings) -> Image.Image:
     width, height = page.get_size()
     _check_sides(width, height)
     scale = min(settings.dpi / 72, (settings.max_side - 1) / max(width, height))
     with closing(page.render(scale=scale, rev_byteorder=True)) as bitmap:
-        image = bitmap.to_pil().convert("RGB")
-    return image, page_text_lines(page, *image.size)
+        return bitmap.to_pil().convert("RGB")
 
 
 def _render_frame(document: Image.Image, number: int, settings: RenderSettings) -> Image.Image:

@@ -357,9 +357,10 @@ def _how_sure(tables: Mapping[str, pd.DataFrame]) -> str:
     lines = [
         "- Intervals are 95 % percentile bootstrap intervals of 10,000 resamples: questions are drawn with "
         "replacement, the same for all cells, and where a cell was trained several times its seeds as well, "
-        "independently, with weights that make up for how little few seeds vary. With few that part is rough; with "
-        "one, the interval says nothing about training again. Shares of 0 and 100 % have the exact limits of so many "
-        "questions. Differences are paired by question, and by seed where both cells have the same.",
+        "independently, their spread made up for how little few of them vary. With few that part is rough; with one, "
+        "the interval says nothing about training again. Shares of 0 and 100 % have the exact limits of so many "
+        "questions; those next to them are too narrow. Differences are paired by question, and by seed where both "
+        "cells have the same.",
         f"- P-values of the {measured['effects']} measured effects of the paper, and of the {measured['ablations']} "
         "measured ablations, are corrected by Holm's method within each of the two families; below 0.05 an effect "
         "counts as resolved. The intervals shown are not corrected.",

@@ -297,7 +297,7 @@ def fine_tune(
     folder in which something else was trained.
     """
     from vrag_lib.sft import train_sft
-    from vrag_lib.training import check_checkpoint, use_own_card
+    from vrag_lib.training import check_checkpoint, use_own_card, whole_checkpoint
 
     use_own_card(config.policy.device)
     model = checkpoint or config.policy.model or scale_policy(config)
@@ -322,7 +322,7 @@ def fine_tune(
     claim(folder, inputs, INPUTS)
     save_config(config, folder)
     return train_sft(
-        model,
+        whole_checkpoint(model, folder / "start"),
         data[held_out:],
         train.corpus,
         config.sft,

@@ -2,9 +2,10 @@
 
 Questions are resampled with replacement (Efron 1979); a paired difference resamples questions, both systems together,
 so that what is hard for both cancels. Where a system was trained several times, its training seeds are resampled too,
-independently of the questions (crossed bootstrap, Owen 2007), with weights spread by sqrt(n / (n - 1)), because n seeds
-resampled vary by a factor of (n - 1) / n too little, which two seeds would halve; with few it can only be rough. Where
-a share is 0 or 1 in every resample, its limits are the exact ones of that many hits (Clopper and Pearson 1934).
+independently of the questions (crossed bootstrap, Owen 2007). What seeds add, linearised, is spread by a factor of
+sqrt(n / (n - 1)), because the variance of n seeds resampled is (n - 1) / n of what it should be, of two the half; with
+few it can only be rough. Where a share is 0 or 1 throughout, its limits are the exact ones of that many hits (Clopper
+and Pearson 1934); with very few hits they are too narrow.
 Everything is drawn from a seed: the same values give the same interval.
 """
 
@@ -123,9 +124,9 @@ def crossed_mean(
     if most is not None and (edge := edge_limits(whole / most, asked, confidence)):
         return Interval(whole, *(most * limit for limit in edge))
     low, high = _limits(resampled, confidence)
-    if most is not None:  # weights below 0, which two seeds that differ much have, can lead out of the range
-        low, high = max(0.0, low), min(most, high)
-    return Interval(whole, low, high)
+    if (np.asarray(values) >= 0).all():  # two seeds that differ much would lead out of the range
+        low = max(0.0, low)
+    return Interval(whole, low, high if most is None else min(most, high))
 
 
 def crossed_difference(
@@ -180,12 +181,15 @@ def _crossed(values: np.ndarray, sizes: np.ndarray | None, samples: int, seed: i
     if not sizes.sum():
         raise ValueError("there are no values")
     seeds, questions = _draws(values.shape[0], samples, seed, 1), _draws(values.shape[1], samples, seed, 2)
-    if (n := values.shape[0]) > 1:
-        seeds = 1 + (seeds - 1) * math.sqrt(n / (n - 1))
-    top = np.einsum("bs,bs->b", questions @ values.T, seeds)
-    bottom = np.einsum("bs,bs->b", questions @ sizes.T, seeds)
+    top, bottom = questions @ values.T, questions @ sizes.T  # (samples, seeds)
+    all_bottom = bottom.sum(axis=1)
     whole = float(values.sum() / sizes.sum())
-    return whole, np.divide(top, bottom, out=np.full(samples, whole), where=bottom > 0)
+    ratio = np.divide(top.sum(axis=1), all_bottom, out=np.full(samples, whole), where=all_bottom > 0)
+    if (n := values.shape[0]) > 1:
+        share = np.divide(top - ratio[:, None] * bottom, all_bottom[:, None], out=np.zeros_like(top),
+                          where=all_bottom[:, None] > 0)  # fmt: skip
+        ratio = ratio + math.sqrt(n / (n - 1)) * ((seeds - 1) * share).sum(axis=1)
+    return whole, ratio
 
 
 @lru_cache(maxsize=16)

@@ -40,8 +40,8 @@ LEAD_WORDS = 20
 PASSAGE_WORDS = 100
 PASSAGE_OVERLAP = 25
 RERANK_DEPTH = 10
-_CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-_CJK_RUN, _CJK_CHARACTER = re.compile(f"[{_CJK}]+"), re.compile(f"([{_CJK}])")
+_CJK = "\u3040-\u30fa\u30fc-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+_CJK_RUN, _CJK_CHARACTER = re.compile(f"(?<!\\d)(\\d{{0,9}})([{_CJK}]+)"), re.compile(f"([{_CJK}])")
 _BLOCK_PASSAGES = 64
 """Passages of one document that are encoded, and cached, together: what a killed run can lose."""
 
@@ -56,7 +56,7 @@ def document_leads(document_ids: Sequence[str], texts: Sequence[str], words: int
     """
     leads: dict[str, str] = {}
     for document_id, text in zip(document_ids, texts, strict=True):
-        split = text.split()
+        split = _words(text)
         if document_id not in leads and len(split) >= 3:
             leads[document_id] = " ".join(split[:words])
     return [leads.get(document_id, "") for document_id in document_ids]
@@ -70,14 +70,26 @@ def split_passages(text: str, words: int = PASSAGE_WORDS, overlap: int = PASSAGE
     """
     if not 0 <= overlap < words:
         raise ValueError(f"overlap must be at least 0 and below words, not {overlap} and {words}")
-    split = _CJK_CHARACTER.sub(r" \1 ", text).split()
+    split = _words(text)
     starts = range(0, max(1, len(split) - overlap), words - overlap) if split else []
     return [" ".join(split[start : start + words]) for start in starts]
 
 
 def _in_pairs(text: str) -> str:
-    """Runs of Chinese and Japanese characters as their pairs, which overlap."""
-    return _CJK_RUN.sub(lambda run: f" {' '.join(a + b for a, b in pairwise(run[0]))} ", text)
+    """Runs of Chinese and Japanese characters as their pairs, which overlap; a number before one, as of a month, is
+    a word with its first character and by itself."""
+
+    def words(run: re.Match[str]) -> str:
+        number, characters = run.groups()
+        pairs = [a + b for a, b in pairwise(characters)]
+        return f" {' '.join([number + characters[0], number, *pairs] if number else pairs or [characters])} "
+
+    return _CJK_RUN.sub(words, text)
+
+
+def _words(text: str) -> list[str]:
+    """The words of a text, each Chinese or Japanese character one."""
+    return _CJK_CHARACTER.sub(r" \1 ", text).split()
 
 
 class BM25Retriever:

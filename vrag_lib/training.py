@@ -115,8 +115,13 @@ def check_checkpoint(path: str | Path) -> None:
     if folder.is_dir():
         if not any((folder / name).is_file() for name in ("config.json", _ADAPTER)):
             raise CheckpointError(f"{path} holds no model: it has neither config.json nor {_ADAPTER}")
-    elif len(folder.parts) != 2 or folder.parent.is_dir() or str(path).startswith((".", "/", "~")):
+    elif not _may_be_hub_id(path):
         raise CheckpointError(f"{path} is not there; a checkpoint is a folder, or a hub id like Qwen/Qwen2.5-VL-3B")
+
+
+def _may_be_hub_id(path: str | Path) -> bool:
+    """Whether what is no folder has the form owner/name, and no folder of that owner's name is there."""
+    return len(Path(path).parts) == 2 and not Path(path).parent.is_dir() and not str(path).startswith((".", "/", "~"))
 
 
 def whole_checkpoint(path: str | Path, merged: Path) -> str | Path:
@@ -148,7 +153,10 @@ def base_of(adapter: str | Path, named: str | None = None) -> str:
     base = named or json.loads(path.read_text()).get("base_model_name_or_path")
     if not base:
         raise ConfigError(f"{path} does not say what the adapter was trained on; `vrag merge --checkpoint` does")
-    if Path(base).is_absolute() and not Path(base).is_dir():
+    if not Path(base).is_dir() and not _may_be_hub_id(base):
+        start = Path(adapter).parent / "start"
+        if named is None and (start / "config.json").is_file():  # moved together with what it began from
+            return str(start)
         raise ConfigError(
             f"{base}, what {adapter} was trained on, is not there; `vrag merge --checkpoint` says where it is"
         )
