@@ -476,7 +476,7 @@ def test_an_adapter_swapped_at_every_step_is_followed(adapted, monkeypatch):
 
 @pytest.mark.vllm
 def test_an_adapter_is_a_model(tmp_path):
-    """What RL leaves is measured as it is: merged into bfloat16 most of it would be rounded away."""
+    """What RL leaves is measured as it is: merged into bfloat16 much of it would be rounded away."""
     pytest.importorskip("vllm", reason="run by make test-vllm")
     trained = TransformersPolicy.from_pretrained(SCALE_POLICY, corpus(), device="cpu", **LIMITS)
     from peft import get_peft_model

@@ -85,7 +85,7 @@ def _merge(commands) -> None:
 
     what = (
         "add a LoRA adapter, which training with LoRA leaves, to its checkpoint, for other programs: every command "
-        "here takes the adapter, too, and in bfloat16 the merge rounds away most of what RL changed"
+        "here takes the adapter, too, and in bfloat16 the merge rounds away much of what RL changed"
     )
     positionals = [("adapter", "the `final` folder of a training run"), ("out", "folder of the model, a new one")]
     parser = add_command(commands, "merge", run, what, positionals)

@@ -80,8 +80,8 @@ def freeze_vision(model: Any) -> int:
 
 def merge_adapter(checkpoint: str | Path, adapter: str | Path, output: str | Path, dtype: str = "auto") -> Path:
     """Add a LoRA adapter to the checkpoint it was trained on and write an ordinary checkpoint, processor included, in
-    `dtype`: float32, bfloat16, or auto, the checkpoint's own. In bfloat16 what RL changes is mostly less than half a
-    step of the numbers, and is lost: policies take such an adapter as it is.
+    `dtype`: float32, bfloat16, or auto, the checkpoint's own. In bfloat16 much of what RL changes is less than half a
+    step of the numbers and is lost: policies take such an adapter as it is.
 
     Raises FileNotFoundError when `adapter` holds none.
     """
