@@ -57,8 +57,8 @@ class TransformersPolicy(ChatPolicy):
         cls, path: str | Path, corpus: Corpus, *, device: str = "auto", dtype: str = "auto", **settings: Any
     ) -> TransformersPolicy:
         """Load a checkpoint folder, hub id, or the folder of a LoRA adapter, which stays one: beside weights in
-        bfloat16 it is exact, added to them much of it is rounded away. `device`: auto (cuda if there is one), cpu, cuda;
-        `dtype`: auto (float32 on the CPU, else bfloat16), float32, bfloat16. `settings` are those of the class.
+        bfloat16 it is exact, added to them much of it is rounded away. `device`: auto (cuda if there is one), cpu,
+        cuda; `dtype`: auto (float32 on the CPU, else bfloat16), float32, bfloat16. `settings` are those of the class.
 
         Raises CheckpointError when it cannot be loaded, or when a weight of the model is not in it, ConfigError for an
         adapter whose checkpoint is not there.
