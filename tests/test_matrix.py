@@ -189,7 +189,7 @@ def test_what_another_process_is_training_is_waited_for_and_not_trained_again(tm
     thread.start()
     held.wait()
     threading.Timer(0.5, released.set).start()
-    made = bench._made("shared", {"seed": 0}, "start", lambda folder: pytest.fail("trained twice"))
+    made = bench._made("shared", {"seed": 0}, lambda folder: pytest.fail("trained twice"))
     thread.join()
     assert made == str(folder / "final")
 

@@ -160,7 +160,6 @@ class Workbench:
         return self._made(
             kind,
             depends | {"config": depends_on(self.config, "sft", "synthesis")},
-            raw,
             lambda folder: fine_tune(
                 self.config, self.train, checkpoint=raw, data=self.trajectories(kind), folder=folder
             ),
@@ -188,7 +187,6 @@ class Workbench:
         return self._made(
             f"sft_{cell.data}_{settings['trajectories']}_seed_{seed}",
             settings,
-            start,
             lambda folder: fine_tune(
                 config,
                 self.train,
@@ -205,11 +203,10 @@ class Workbench:
         return self._made(
             self.training_folder(cell, seed).name,
             depends | {"config": depends_on(config, "grpo", "environment", "retrieval", "synthesis")},
-            start,
             lambda folder: reinforce(config, start, self.train, folder=folder, seed=seed),
         )
 
-    def _made(self, name: str, settings: Mapping[str, Any], start: str, train: Callable[[Path], Path]) -> str:
+    def _made(self, name: str, settings: Mapping[str, Any], train: Callable[[Path], Path]) -> str:
         """The finished model of a training, trained now unless it was, or is by another process just now; what failed
         in this run is not tried again."""
         if name in self._failed:
@@ -217,9 +214,9 @@ class Workbench:
         folder = self.folder / "checkpoints" / name
         claim(folder, settings, error=MatrixError)
         with alone_in(folder, MatrixError, waits=True):
-            return self._trained(name, folder, start, train)
+            return self._trained(name, folder, train)
 
-    def _trained(self, name: str, folder: Path, start: str, train: Callable[[Path], Path]) -> str:
+    def _trained(self, name: str, folder: Path, train: Callable[[Path], Path]) -> str:
         done = folder / "done.json"
         if (made := read_json(done)) is None:
             try:

@@ -31,7 +31,7 @@ from vrag_lib.config import ConfigError, RolloutConfig
 from vrag_lib.policy import Reply
 from vrag_lib.policy_chat import ChatPolicy, CheckpointError, Context
 from vrag_lib.torch_setup import ensure_torchvision
-from vrag_lib.training import checkpoint_and_adapter, process_count
+from vrag_lib.training import checkpoint_and_adapter, process_count, require_first_card
 
 if TYPE_CHECKING:
     import torch
@@ -202,11 +202,7 @@ class VLLMPolicy(ChatPolicy):
         there, CheckpointError when the checkpoint cannot be loaded.
         """
         require_vllm()
-        if device.startswith("cuda:") and device != "cuda:0":
-            raise ConfigError(
-                f"vLLM runs on the first card that it sees, not on policy.device={device}: show it that one alone "
-                f"(CUDA_VISIBLE_DEVICES={device.removeprefix('cuda:')}) and leave policy.device=cuda"
-            )
+        require_first_card("vLLM", device)
         checkpoint, adapter = checkpoint_and_adapter(path)
         if adapter is not None:
             lora_rank = max(lora_rank, json.loads((adapter / "adapter_config.json").read_text())["r"])

@@ -44,13 +44,18 @@ def use_own_card(device: str = "auto") -> None:
     """
     import torch
 
-    if device.startswith("cuda:") and device != "cuda:0":
-        raise ConfigError(
-            f"training runs on the first card that it sees, not on policy.device={device}: show it that one alone "
-            f"(CUDA_VISIBLE_DEVICES={device.removeprefix('cuda:')}) and leave policy.device=cuda"
-        )
+    require_first_card("training", device)
     if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+
+
+def require_first_card(what: str, device: str) -> None:
+    """Raises ConfigError where `device` names another card than the first that is seen, which alone `what` can use."""
+    if device.startswith("cuda:") and device != "cuda:0":
+        raise ConfigError(
+            f"{what} runs on the first card that it sees, not on policy.device={device}: show it that one alone "
+            f"(CUDA_VISIBLE_DEVICES={device.removeprefix('cuda:')}) and leave policy.device=cuda"
+        )
 
 
 def on_one_card(arguments: Any) -> Any:
