@@ -329,7 +329,7 @@ def test_cells_that_are_trained(tiny, monkeypatch):
 
 def test_the_bounds_start_from_experts_who_were_given_the_gold_pages(tiny, monkeypatch):
     bench = Workbench(tiny, 8)
-    monkeypatch.setattr(bench, "_made", lambda name, settings, start, train: name)
+    monkeypatch.setattr(bench, "_made", lambda name, settings, train: name)
     started = {name: bench.checkpoint(cell, 0) for name, cell in CELLS.items() if cell.chain == "none"}
     assert {name for name, start in started.items() if start == "gold"} == {name for name in CELLS if "gold" in name}
     assert set(started.values()) == {bench.raw(), "format", "gold"}
