@@ -10,7 +10,8 @@ in one batch, and no black image is appended to it (T18).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -90,7 +91,7 @@ def token_logprobs(
     """Log-probs (n,) and entropies (n,), without gradient, of the trained tokens of all examples, one after the other,
     in float32: under `model` at the policy's temperature, image tokens suppressed, as in sampling.
 
-    One forward pass. The vocabulary is only projected to where a trained token of some example follows.
+    One forward pass. The vocabulary is only projected to where a trained token follows.
     """
     import torch
     from torch.utils.checkpoint import checkpoint
@@ -103,11 +104,11 @@ def token_logprobs(
     kept = (columns - 1).unique()  # a token is predicted one place before it
     if not len(kept):
         kept = torch.tensor([ids.shape[1] - 1], device=ids.device)
-    logits = model(**inputs, use_cache=False, logits_to_keep=kept).logits  # (B, len(kept), V)
+    with _projected(model, rows, torch.searchsorted(kept, columns - 1)) if len(rows) else nullcontext():
+        logits = model(**inputs, use_cache=False, logits_to_keep=kept).logits  # (n, V), or (B, 1, V) without any
     if not len(rows):
         nothing = logits.float().sum() * 0 + torch.zeros(0, device=ids.device)  # (0,), but part of the graph
         return nothing, nothing.detach()
-    chosen = logits[rows, torch.searchsorted(kept, columns - 1)]  # (n, V)
     targets = ids[rows, columns]
     suppressed = torch.tensor(policy.suppressed_token_ids, dtype=torch.long, device=ids.device)
 
@@ -119,9 +120,21 @@ def token_logprobs(
 
     parts = [
         checkpoint(score, chunk, target, use_reentrant=False) if torch.is_grad_enabled() else score(chunk, target)
-        for chunk, target in zip(chosen.split(_CHUNK), targets.split(_CHUNK), strict=True)
+        for chunk, target in zip(logits.split(_CHUNK), targets.split(_CHUNK), strict=True)
     ]
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+
+@contextmanager
+def _projected(model: Any, rows: torch.Tensor, columns: torch.Tensor) -> Iterator[None]:
+    """Inside, the output layer of `model` sees these places (n,) of the states (B, T, width) it is given alone. What
+    wraps the model calls it as a whole, so this is the only place between the two."""
+    head = next(module for name, module in model.named_modules() if name.rpartition(".")[2] == "lm_head")
+    hook = head.register_forward_pre_hook(lambda _, states: (states[0][rows, columns],))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def batched(examples: Sequence[Any], size: int) -> list[list[Any]]:
