@@ -94,6 +94,16 @@ def test_the_trainer_s_logprobs_are_the_sampler_s(policy, rolled):
     assert (entropy > 0).all()
 
 
+def test_the_vocabulary_is_projected_to_where_trained_tokens_follow_alone(policy, rolled):
+    examples = [example_of(policy, t) for t in rolled]
+    trained = sum(len(example.positions) for example in examples)
+    head, seen = policy.model.lm_head, []
+    with head.register_forward_hook(lambda _module, _states, out: seen.append(out.shape)), torch.no_grad():
+        logprobs, _ = token_logprobs(policy.model, policy, examples)
+    assert seen == [(trained, len(policy.tokenizer))] and logprobs.shape == (trained,)
+    assert not head._forward_pre_hooks
+
+
 def test_blank_pixels_change_the_logprobs_behind_them_and_none_before(policy, rolled, monkeypatch):
     trajectory = rolled[-1]
     example = example_of(policy, trajectory)
