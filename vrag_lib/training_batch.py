@@ -11,7 +11,7 @@ in one batch, and no black image is appended to it (T18).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -100,15 +100,10 @@ def token_logprobs(
     ids = inputs["input_ids"]  # (B, T), left-padded
     starts = [ids.shape[1] - len(example.trained) for example in examples]
     places = [(row, starts[row] + i) for row, example in enumerate(examples) for i in example.positions]
-    rows, columns = torch.tensor(places, device=ids.device).reshape(-1, 2).T
-    kept = (columns - 1).unique()  # a token is predicted one place before it
-    if not len(kept):
-        kept = torch.tensor([ids.shape[1] - 1], device=ids.device)
-    with _projected(model, rows, torch.searchsorted(kept, columns - 1)) if len(rows) else nullcontext():
-        logits = model(**inputs, use_cache=False, logits_to_keep=kept).logits  # (n, V), or (B, 1, V) without any
-    if not len(rows):
-        nothing = logits.float().sum() * 0 + torch.zeros(0, device=ids.device)  # (0,), but part of the graph
-        return nothing, nothing.detach()
+    rows, columns = torch.tensor(places, dtype=torch.long, device=ids.device).reshape(-1, 2).T
+    kept, of_kept = (columns - 1).unique(return_inverse=True)  # a token is predicted one place before it
+    with _projected(model, rows, of_kept):
+        logits = model(**inputs, use_cache=False, logits_to_keep=kept).logits  # (n, V)
     targets = ids[rows, columns]
     suppressed = torch.tensor(policy.suppressed_token_ids, dtype=torch.long, device=ids.device)
 
@@ -127,8 +122,8 @@ def token_logprobs(
 
 @contextmanager
 def _projected(model: Any, rows: torch.Tensor, columns: torch.Tensor) -> Iterator[None]:
-    """Inside, the output layer of `model` sees these places (n,) of the states (B, T, width) it is given alone. What
-    wraps the model calls it as a whole, so this is the only place between the two."""
+    """Inside, the output layer of `model` sees these places (n,) alone of the states (B, T, width) it is given. Models
+    are called as a whole, by what shards them too, so a hook is the one way in between."""
     head = next(module for name, module in model.named_modules() if name.rpartition(".")[2] == "lm_head")
     hook = head.register_forward_pre_hook(lambda _, states: (states[0][rows, columns],))
     try:
